@@ -1,0 +1,221 @@
+"""The `scenes` data set: CLEVR-like pictures drawn on the spot, no download.
+
+It has the features of TFDS's `clevr` under the same names, with the same
+classes in the same order, and a depth map besides. So the labels below serve
+the real CLEVR and this one alike.
+
+    builder = scenes.prepare(image_size=64)
+    dataset = builder.as_dataset(split="train")
+    dataset = dataset.map(lambda e: (e["image"], scenes.count(e)))
+
+`render` draws; this file stores what it draws as TFRecords through TFDS.
+"""
+
+import collections.abc
+import dataclasses
+import os
+import typing
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from jepa_jax.data import render
+
+NUM_TRAIN, NUM_TEST = 8000, 2000
+# VTAB's bins of the nearest object's depth, in CLEVR's world units.
+DISTANCE_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)
+
+
+def count(example: dict) -> tf.Tensor:
+  """How many objects there are, as VTAB's Clevr/Count counts them.
+
+  Args:
+    example: one example of `scenes`, or of `clevr` (splits train and
+      validation; its test split has no objects to count).
+
+  Returns:
+    int32 scalar, 0 for 3 objects up to 7 for 10.
+
+  Reference: Zhai et al. 2019, table 2 and appendix A, arXiv:1910.04867.
+  """
+  return tf.shape(example["objects"]["shape"])[0] - render.MIN_OBJECTS
+
+
+def distance(example: dict) -> tf.Tensor:
+  """How far the nearest object is, as VTAB's Clevr/Distance bins it.
+
+  Args:
+    example: as for `count`.
+
+  Returns:
+    int32 scalar, 0 for a centre at depth 8 or less, 5 beyond depth 10: the
+    number of `DISTANCE_EDGES` that the depth exceeds.
+
+  Reference: Zhai et al. 2019, table 2 and appendix A, arXiv:1910.04867.
+  """
+  nearest = tf.reduce_min(example["objects"]["pixel_coords"][:, 2])
+  return tf.reduce_sum(tf.cast(nearest > DISTANCE_EDGES, tf.int32))
+
+
+def depth(example: dict) -> tf.Tensor:
+  """The depth map of a `scenes` example.
+
+  Args:
+    example: one example of `scenes`; `clevr` has no depth map.
+
+  Returns:
+    float32 [H, W, 1], depth along the optical axis in world units, as in
+    `pixel_coords[2]`; 32 stands for 32 and beyond.
+  """
+  return tf.cast(example["depth"], tf.float32) * render.DEPTH_UNIT
+
+
+# Each takes one un-batched example. `depth` is a map, so it has no classes.
+LABELS: dict[str, collections.abc.Callable[[dict], tf.Tensor]] = {
+    "count": count,
+    "distance": distance,
+    "depth": depth,
+}
+NUM_CLASSES = {
+    "count": render.MAX_OBJECTS - render.MIN_OBJECTS + 1,
+    "distance": len(DISTANCE_EDGES) + 1,
+}
+
+
+@dataclasses.dataclass(eq=False)
+class ScenesConfig(tfds.core.BuilderConfig):
+  """What is drawn. The name, hence the folder, follows from the values.
+
+  Attributes:
+    name: filled in; what is given is not kept.
+    image_size: pixels a side.
+    num_train, num_test: images in each split.
+    seed: another seed, other pictures.
+  """
+
+  name: str = ""
+  image_size: int = 64
+  num_train: int = NUM_TRAIN
+  num_test: int = NUM_TEST
+  seed: int = 0
+
+  def __post_init__(self):
+    for field in ("image_size", "num_train", "num_test"):
+      if getattr(self, field) < 1:
+        raise ValueError(
+            f"scenes: {field} is {getattr(self, field)}; it must be at least 1."
+        )
+    if self.seed < 0:
+      raise ValueError(f"scenes: seed is {self.seed}; it must be 0 or more.")
+    name = f"{self.image_size}px"
+    if (self.num_train, self.num_test) != (NUM_TRAIN, NUM_TEST):
+      name += f"_{self.num_train}_{self.num_test}"
+    if self.seed:
+      name += f"_seed{self.seed}"
+    self.name = name
+    self.description = (
+        f"{self.num_train} training and {self.num_test} test images of "
+        f"{self.image_size} x {self.image_size} pixels, seed {self.seed}."
+    )
+
+
+class Scenes(tfds.core.GeneratorBasedBuilder):
+  """TFDS builder of the `scenes` data set."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES: typing.ClassVar = {"1.0.0": "First release."}
+  BUILDER_CONFIGS: typing.ClassVar = [
+      ScenesConfig(image_size=size) for size in (64, 96, 128, 224)
+  ]
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    size = self.builder_config.image_size
+    label = tfds.features.ClassLabel
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description="Three to ten solids on a plane, drawn by ray casting.",
+        homepage="https://arxiv.org/abs/1612.06890",  # what it is modelled on
+        features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(
+                shape=(size, size, 3), encoding_format="png"
+            ),
+            # In units of `render.DEPTH_UNIT`: a 16-bit PNG is a quarter of
+            # the size of raw floats.
+            "depth": tfds.features.Image(
+                shape=(size, size, 1), dtype=tf.uint16, encoding_format="png"
+            ),
+            "file_name": tfds.features.Text(),
+            "objects": tfds.features.Sequence({
+                "color": label(names=list(render.COLORS)),
+                "material": label(names=list(render.MATERIALS)),
+                "shape": label(names=list(render.SHAPES)),
+                "size": label(names=list(render.SIZES)),
+                "rotation": tfds.features.Scalar(tf.float32),
+                "3d_coords": tfds.features.Tensor(
+                    shape=(3,), dtype=tf.float32
+                ),
+                "pixel_coords": tfds.features.Tensor(
+                    shape=(3,), dtype=tf.float32
+                ),
+            }),
+        }),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing is downloaded.
+    return {
+        "train": self._generate_examples("train", self.builder_config.num_train),
+        "test": self._generate_examples("test", self.builder_config.num_test),
+    }
+
+  def _generate_examples(self, split: str, num_examples: int):
+    config = self.builder_config
+    examples = render.stream(
+        seed=config.seed,
+        split=split,
+        count=num_examples,
+        image_size=config.image_size,
+        workers=len(os.sched_getaffinity(0)),
+    )
+    yield from enumerate(examples)
+
+
+def prepare(
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int = 64,
+    num_train: int = NUM_TRAIN,
+    num_test: int = NUM_TEST,
+    seed: int = 0,
+) -> Scenes:
+  """Draws the data set unless it is there already, and opens it.
+
+  TFDS writes to a folder of another name and renames it at the end: what was
+  cut short is drawn anew, never mistaken for the whole. The network is not
+  used.
+
+  Args:
+    data_dir: where data sets live; TFDS's usual (~/tensorflow_datasets) if
+      None.
+    image_size: pixels a side.
+    num_train, num_test: images in each split.
+    seed: another seed, other pictures.
+
+  Returns:
+    The builder, ready for `as_dataset(split="train")` or "test".
+
+  Raises:
+    ValueError: a size or a number is not positive.
+    RuntimeError: a drawing process ended early.
+  """
+  config = ScenesConfig(
+      image_size=image_size, num_train=num_train, num_test=num_test, seed=seed
+  )
+  builder = Scenes(
+      data_dir=None if data_dir is None else os.path.expanduser(data_dir),
+      config=Scenes.builder_configs.get(config.name, config),
+  )
+  builder.download_and_prepare(
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+  )
+  return builder
