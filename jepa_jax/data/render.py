@@ -23,7 +23,9 @@ import collections.abc
 import dataclasses
 import json
 import math
+import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -232,7 +234,7 @@ def cast(
 def render(
     scene: Scene, image_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Draws a scene with 2 x 2 rays a pixel, each with its own point of the light.
+  """Draws a scene with 2 x 2 rays a pixel, each to a point of the light.
 
   Args:
     scene: what to draw.
@@ -326,6 +328,7 @@ def stream(
               [sys.executable, __file__, json.dumps(job)],
               stdin=subprocess.DEVNULL,
               stdout=subprocess.PIPE,
+              env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
           )
       )
     for index in range(count):
@@ -350,14 +353,15 @@ def _work(job: str) -> None:
   """Writes this worker's share of the examples to standard output."""
   seed, split, first, count, step, image_size = json.loads(job)
   output = sys.stdout.buffer
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The reader ends its workers.
   try:
     for index in range(first, count, step):
       payload = pickle.dumps(example(seed, split, index, image_size), 5)
       output.write(struct.pack("<Q", len(payload)))
       output.write(payload)
       output.flush()
-  except BrokenPipeError:  # The reader has gone: nothing left to do.
-    sys.stderr.close()
+  except BrokenPipeError:
+    os._exit(1)  # The reader has gone, and with it whoever reads a message.
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -373,7 +377,7 @@ def _look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def _rays(scene: Scene, grid: int) -> np.ndarray:
   """[3, grid, grid] float32 ray directions whose forward part is 1."""
-  offset = (((np.arange(grid) + 0.5) / grid * 2 - 1) * TANGENT)
+  offset = ((np.arange(grid) + 0.5) / grid * 2 - 1) * TANGENT
   right, down, forward = scene.axes.astype(np.float32)
   offset = offset.astype(np.float32)
   return (
@@ -405,19 +409,23 @@ def _window(
     scene: Scene, centers: np.ndarray, radius: float, grid: int
 ) -> tuple[slice, slice]:
   """Rows and columns of the grid that can see spheres (or their hull)."""
-  x, y, depth = ((centers - scene.position) @ scene.axes.T).T
-  if (depth <= 1.01 * radius).any():
-    return slice(0, grid), slice(0, grid)
-  window = []
-  for side in (y, x):
-    spread = radius * np.sqrt(side**2 + depth**2 - radius**2)
+  bounds = [[], []]  # of y, of x; plain floats, which are faster when so few
+  for x, y, depth in ((centers - scene.position) @ scene.axes.T).tolist():
+    if depth <= 1.01 * radius:
+      return slice(0, grid), slice(0, grid)
     scale = (depth**2 - radius**2) * TANGENT
-    low = ((side * depth - spread) / scale).min()
-    high = ((side * depth + spread) / scale).max()
-    low, high = (grid * (1 + bound) / 2 for bound in (low, high))
-    start = min(max(math.floor(low), 0), grid)
-    window.append(slice(start, max(start, min(math.ceil(high), grid))))
-  return window[0], window[1]
+    for side, bound in zip((y, x), bounds):
+      spread = radius * math.sqrt(side**2 + depth**2 - radius**2)
+      bound.append((side * depth - spread) / scale)
+      bound.append((side * depth + spread) / scale)
+  rows, columns = (
+      slice(
+          min(max(math.floor(grid * (1 + min(bound)) / 2), 0), grid),
+          min(max(math.ceil(grid * (1 + max(bound)) / 2), 0), grid),
+      )
+      for bound in bounds
+  )
+  return rows, columns
 
 
 def _crossing(
@@ -529,7 +537,7 @@ def _shadows(
         :, None, None
     ]
     squared = np.maximum(sum(o * o for o in offset), half_widths[k] ** 2)
-    hidden = -offset[2] * half_widths[k] ** 2 / squared**1.5
+    hidden = -offset[2] * half_widths[k] ** 2 / (squared * np.sqrt(squared))
     hidden = np.maximum(hidden - 0.04, 0) * (owner[window] < 0)
     ambient[window] *= 1 - np.minimum(hidden, 0.9)
   return direct, ambient

@@ -163,19 +163,22 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing is downloaded.
+    config = self.builder_config
     return {
-        "train": self._generate_examples("train", self.builder_config.num_train),
-        "test": self._generate_examples("test", self.builder_config.num_test),
+        "train": self._generate_examples("train", config.num_train),
+        "test": self._generate_examples("test", config.num_test),
     }
 
   def _generate_examples(self, split: str, num_examples: int):
     config = self.builder_config
+    # More than 8 would wait for this process, which encodes and writes.
+    workers = min(os.cpu_count() or 1, 8)
     examples = render.stream(
         seed=config.seed,
         split=split,
         count=num_examples,
         image_size=config.image_size,
-        workers=len(os.sched_getaffinity(0)),
+        workers=workers,
     )
     yield from enumerate(examples)
 
@@ -211,11 +214,18 @@ def prepare(
   config = ScenesConfig(
       image_size=image_size, num_train=num_train, num_test=num_test, seed=seed
   )
-  builder = Scenes(
-      data_dir=None if data_dir is None else os.path.expanduser(data_dir),
-      config=Scenes.builder_configs.get(config.name, config),
-  )
-  builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-  )
+  config = Scenes.builder_configs.get(config.name, config)
+  if data_dir is not None:
+    data_dir = os.path.expanduser(data_dir)
+  builder = Scenes(data_dir=data_dir, config=config)
+  try:
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+  except OSError:
+    # Another process (on a pod, another host) may have been first to rename
+    # its folder, which holds the same pictures.
+    builder = Scenes(data_dir=data_dir, config=config)
+    if not builder.info.initialized:
+      raise
   return builder
