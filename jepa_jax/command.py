@@ -1,0 +1,196 @@
+"""What every command shares: its flags, its process and its errors.
+
+`--config FILE[:variant]` names an experiment, `--config.key=value` overrides
+any key of it. What is wrong with the input ends in one line on standard error
+and exit code 2, without a traceback.
+"""
+
+import argparse
+import ast
+from collections.abc import Callable
+import difflib
+import glob
+import importlib.util
+import os
+import pathlib
+import sys
+from typing import Any
+
+import ml_collections
+
+EXIT_BAD_INPUT = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+) -> None:
+  """Parses the command line, calls main with it and exits.
+
+  Args:
+    main: takes the parsed flags, with the loaded config as `config` where the
+      parser has --config; returns an exit code, None for 0.
+    parser: the command's own flags.
+  """
+  tune_cpu()
+  try:
+    arguments, rest = parser.parse_known_args()
+    overrides = [a for a in rest if a.startswith("--config.")]
+    unknown = [a for a in rest if not a.startswith("--config.")]
+    if unknown or (overrides and not hasattr(arguments, "config")):
+      known = [o for a in parser._actions for o in a.option_strings]
+      raise ValueError(_unknown("flag", (unknown or overrides)[0], known))
+    if hasattr(arguments, "config"):
+      arguments.config = load_config(arguments.config, overrides)
+    code = main(arguments)
+  except (ValueError, OSError) as error:
+    if os.environ.get("JEPA_JAX_TRACEBACK"):
+      raise
+    sys.exit(fail(error))
+  sys.exit(code or 0)
+
+
+def fail(error: Exception) -> int:
+  """Prints an error as one line and returns the exit code for it."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  print(f"{type(error).__name__}: {text}", file=sys.stderr)
+  return EXIT_BAD_INPUT
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+  """Adds --config; overrides of its keys come with it."""
+  parser.add_argument(
+      "--config",
+      required=True,
+      metavar="FILE[:VARIANT]",
+      help="experiment, a Python file with get_config(variant); "
+      "--config.key=value overrides a key",
+  )
+
+
+def load_config(
+    path: str, overrides: list[str] | tuple[str, ...] = ()
+) -> ml_collections.ConfigDict:
+  """Loads an experiment.
+
+  Args:
+    path: "FILE" or "FILE:variant".
+    overrides: "--config.key=value" each.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    ValueError: no such file, no get_config, an unknown key or a value of the
+      wrong type.
+  """
+  file, _, variant = path.partition(":")
+  if not pathlib.Path(file).is_file():
+    folder = pathlib.Path(file).parent
+    near = sorted(str(p) for p in folder.glob("*.py")) or ["none"]
+    raise ValueError(
+        f'no config file "{file}"; in {folder}: {", ".join(near)}.'
+    )
+  spec = importlib.util.spec_from_file_location("experiment", file)
+  module = importlib.util.module_from_spec(spec)
+  # An experiment may import its neighbours.
+  folder = str(pathlib.Path(file).resolve().parent)
+  if folder not in sys.path:
+    sys.path.append(folder)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f'config file "{file}" defines no get_config().')
+  config = module.get_config(variant) if variant else module.get_config()
+  for override in overrides:
+    _override(config, override)
+  return config.lock()
+
+
+def _override(config: ml_collections.ConfigDict, override: str) -> None:
+  name, equals, text = override.removeprefix("--config.").partition("=")
+  keys = flatten(config)
+  if not equals or name not in keys:
+    raise ValueError(
+        f"{override} needs a value: --config.{name}=..."
+        if not equals
+        else _unknown("config key", name, list(keys))
+    )
+  old = keys[name]
+  try:
+    if isinstance(old, str):
+      value: Any = text
+    elif isinstance(old, bool):
+      value = {"true": True, "1": True, "false": False, "0": False}[
+          text.lower()
+      ]
+    else:
+      value = ast.literal_eval(text)
+      if isinstance(old, tuple):
+        value = tuple(value)
+      elif isinstance(old, int) and isinstance(value, float):
+        value = int(value) if value.is_integer() else value
+    *parents, leaf = name.split(".")
+    node = config
+    for parent in parents:
+      node = node[parent]
+    node[leaf] = value
+  except (KeyError, SyntaxError, TypeError, ValueError):
+    raise ValueError(
+        f'--config.{name} is "{text}"; it needs a {type(old).__name__}, such '
+        f"as {old!r}."
+    ) from None
+
+
+def flatten(
+    config: ml_collections.ConfigDict | dict[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+  """Dotted key -> value of every leaf."""
+  leaves: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+      leaves.update(flatten(value, f"{prefix}{key}."))
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+  near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.5)
+  hint = f"nearest: {', '.join(near)}." if near else f"known: {known}."
+  return f'unknown {what} "{name}"; {hint}'
+
+
+def tune_cpu() -> None:
+  """Settings of XLA and of the allocator that serve a CPU; set before JAX.
+
+  One single-threaded device a core, with the batch split over them, keeps
+  each core's operands in its own cache. glibc otherwise gives a step's
+  buffers back to the kernel and faults every page in again in the next one;
+  it reads its settings before Python starts, hence the restart. Nothing that
+  the environment sets already is changed, nor anything where there is an
+  accelerator.
+  """
+  accelerators = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel*")
+  accelerators += glob.glob("/dev/vfio/[0-9]*")
+  platforms = os.environ.get("JAX_PLATFORMS", "")
+  if "cpu" != platforms and (accelerators or platforms):
+    return
+  cores = len(os.sched_getaffinity(0)) if hasattr(
+      os, "sched_getaffinity") else 1
+  if "xla_force_host_platform_device_count" not in os.environ.get(
+      "XLA_FLAGS", ""
+  ):
+    os.environ["XLA_FLAGS"] = " ".join([
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_force_host_platform_device_count={cores}",
+        "--xla_cpu_multi_thread_eigen=false",
+    ]).strip()
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = ":".join([
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=100000000000",
+        "glibc.malloc.arena_max=1",
+    ])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

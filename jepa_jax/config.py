@@ -1,0 +1,265 @@
+"""Configuration: every key with its unit, durations, and the check.
+
+An experiment is a file with `get_config(variant)` that starts from
+`defaults()` and changes what it wants to. The command line overrides any key:
+
+    python -m jepa_jax.train --config F:variant --config.batch_size=256
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+import ml_collections
+
+from jepa_jax import models
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """Every key there is: ViT-H/14 as released, on ImageNet-1k.
+
+  Durations are strings of a number and a unit: "300 epochs", "5000 steps",
+  "1e9 examples".
+  """
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # of parameters, order, augmentation and masks
+  c.objective = "ijepa"  # or "my_package.module:Name"
+  c.batch_size = 2048  # images a step, over all devices and processes
+  c.accumulate_steps = 1  # slices of a batch that go through one by one
+  c.total = "300 epochs"  # how long to train
+
+  c.data = ml_collections.ConfigDict()
+  c.data.source = "tfds"  # "tfds", "folder" or "scenes" (rendered, no network)
+  c.data.name = "imagenet2012"  # of the TFDS data set, or the folder's path
+  c.data.split = "train"  # TFDS split; slices such as train[:1%] too
+  c.data.data_dir = ""  # where TFDS keeps its data; "": its default
+  c.data.num_examples = 0  # images an epoch; 0: count them
+  c.data.image_size = 224  # side in pixels, after cropping
+  c.data.channels = 3  # 1: grey, 3: colour
+  c.data.mean = (0.485, 0.456, 0.406)  # a channel, on a scale of 0 to 1
+  c.data.std = (0.229, 0.224, 0.225)
+  c.data.crop_scale = (0.3, 1.0)  # share of the image's area, min and max
+  c.data.crop_ratio = (3 / 4, 4 / 3)  # width over height, min and max
+  c.data.flip = False  # mirrors half of the images
+  c.data.color_jitter = 0.0  # strength; 0: off
+  c.data.blur = 0.0  # probability of a Gaussian blur
+  c.data.max_unreadable = 100  # images skipped before the run stops
+  c.data.prefetch = 2  # batches that wait for the device
+  c.data.threads = 0  # of the pipeline; 0: one a core
+
+  c.masks = ml_collections.ConfigDict()
+  c.masks.name = "released"  # sampler: "released", "corrected", ...
+  c.masks.num_contexts = 1  # context blocks an image
+  c.masks.num_targets = 4  # target blocks an image
+  c.masks.context_scale = (0.85, 1.0)  # share of the grid's area, min and max
+  c.masks.target_scale = (0.15, 0.2)
+  c.masks.aspect_ratio = (0.75, 1.5)  # of targets, height over width
+  c.masks.allow_overlap = False  # of the context with the targets
+  c.masks.min_keep = 10  # patches that a context must have
+  c.masks.context_patches = 0  # K; 0: what the released recipe trains on
+
+  c.encoder = ml_collections.ConfigDict()
+  c.encoder.update(models.SIZES["h"])  # width, depth, num_heads, mlp_ratio
+  c.encoder.patch_size = 14  # pixels
+  c.encoder.dropout = 0.0
+  c.encoder.drop_path = 0.0  # stochastic depth of the last block
+  c.predictor = ml_collections.ConfigDict()
+  c.predictor.width = 384
+  c.predictor.depth = 12
+  c.predictor.num_heads = 16
+  c.predictor.mlp_ratio = 4.0
+  c.loss = "smooth_l1"  # or "l2"
+
+  c.optimizer = ml_collections.ConfigDict()  # AdamW
+  c.optimizer.warmup = "40 epochs"  # learning rate rises linearly
+  c.optimizer.lr_start = 2e-4
+  c.optimizer.lr = 1e-3
+  c.optimizer.lr_end = 1e-6
+  c.optimizer.weight_decay_start = 0.04
+  c.optimizer.weight_decay_end = 0.4
+  c.optimizer.weight_decay_shape = "cosine"  # or "linear"
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
+  c.momentum = (0.996, 1.0)  # of the target encoder, start and end; linear
+
+  c.compute = ml_collections.ConfigDict()
+  c.compute.dtype = "bfloat16"  # of activations; parameters are float32
+  c.compute.scan = True  # one compiled block for all; False unrolls
+  c.compute.remat = "none"  # "none", "dots" or "full"
+  c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
+  c.mesh.data = -1  # splits the batch
+  c.mesh.fsdp = 1  # splits the batch, parameters and their moments
+
+  c.log_every = "50 steps"
+  c.checkpoint = ml_collections.ConfigDict()
+  c.checkpoint.every = "1 epochs"
+  c.checkpoint.keep = 2  # newest ones
+  c.checkpoint.keep_best = 1  # best ones by `best_metric`; 0: none
+  c.checkpoint.best_metric = ""  # "count/linear/last"; "": the first linear one
+  c.checkpoint.resume = True  # go on from the newest one in the workdir
+  c.collapse = ml_collections.ConfigDict()  # warns past these
+  c.collapse.feature_std = 1e-3  # at least; over images, mean of features
+  c.collapse.effective_rank = 1.5  # at least; of a batch's pooled features
+  c.collapse.mean_cosine = 0.9999  # at most; between different images
+
+  # Evaluations of the target encoder: name -> `evaluation(...)`.
+  c.evaluations = ml_collections.ConfigDict()
+  c.evaluate_every = "0 steps"  # 0: at the end alone
+  return c
+
+
+def evaluation(
+    label: str, *, train: str = "train", test: str = "test", **data: Any
+) -> ml_collections.ConfigDict:
+  """Settings of one evaluation: a probe on frozen features.
+
+  Args:
+    label: a feature of the data set, or "count", "distance" of scenes.
+    train: split that the probe learns from.
+    test: split that it is scored on.
+    **data: what differs from config.data, such as name and source.
+
+  Returns:
+    A ConfigDict for config.evaluations.
+  """
+  c = ml_collections.ConfigDict()
+  c.label = label
+  c.train = train
+  c.test = test
+  c.max_examples = 0  # of each split; 0: all
+  c.protocols = ("linear", "knn")
+  c.features = ("last", "last4")  # layers that are pooled
+  c.baselines = ("random", "pixels")  # what stands beside it
+  c.data = ml_collections.ConfigDict(data)
+  return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+  """A length of training in one of three units."""
+
+  amount: float
+  unit: str
+
+  @classmethod
+  def parse(cls, text: str, key: str) -> "Duration":
+    """Reads "300 epochs"; ValueError names the key and the units."""
+    match = re.fullmatch(
+        r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s+(step|epoch|example)s?\s*",
+        str(text),
+    )
+    try:
+      return cls(float(match[1]), match[2] + "s")
+    except (TypeError, ValueError):
+      raise ValueError(
+          f'{key} is "{text}"; it needs a number and a unit, such as '
+          '"300 epochs", "5000 steps" or "1e6 examples".'
+      ) from None
+
+  def steps(self, batch_size: int, num_examples: int) -> int:
+    """The whole steps in it, for that batch and size of an epoch."""
+    if self.unit == "steps":
+      return math.floor(self.amount)
+    if self.unit == "epochs":
+      return math.floor(self.amount * num_examples / batch_size)
+    return math.floor(self.amount / batch_size)
+
+
+def steps(config: ml_collections.ConfigDict, key: str) -> int:
+  """Steps of the duration under a dotted key, such as "optimizer.warmup".
+
+  Raises:
+    ValueError: it cannot be read, or counts epochs of an unknown size.
+  """
+  value = config
+  for part in key.split("."):
+    value = value[part]
+  duration = Duration.parse(value, key)
+  if duration.unit == "epochs" and not config.data.num_examples:
+    raise ValueError(
+        f'{key} is "{value}" but data.num_examples is 0; give the images an '
+        "epoch, or a duration in steps."
+    )
+  return duration.steps(config.batch_size, config.data.num_examples)
+
+
+def needs_num_examples(config: ml_collections.ConfigDict) -> bool:
+  """Whether a duration counts epochs of a size that is not known yet."""
+  texts = [
+      config.total,
+      config.optimizer.warmup,
+      config.log_every,
+      config.checkpoint.every,
+      config.evaluate_every,
+  ]
+  return not config.data.num_examples and any("epoch" in t for t in texts)
+
+
+def choose(what: str, name: str, known: Any) -> None:
+  """Raises a ValueError with the valid names unless name is one of them."""
+  if name not in known:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else "."
+    raise ValueError(
+        f'unknown {what} "{name}"; known: {", ".join(known)}{hint}'
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Finds what is wrong before a device is touched.
+
+  Raises:
+    ValueError: one line that says what it got and what it needs.
+  """
+  data, encoder = config.data, config.encoder
+  choose("data source", data.source, ("tfds", "folder", "scenes"))
+  choose("loss", config.loss, ("smooth_l1", "l2"))
+  choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
+  choose("remat policy", config.compute.remat, ("none", "dots", "full"))
+  choose(
+      "weight decay shape",
+      config.optimizer.weight_decay_shape,
+      ("cosine", "linear"),
+  )
+  for name in ("mean", "std"):
+    if len(data[name]) != data.channels:
+      raise ValueError(
+          f"data.{name} has {len(data[name])} values for {data.channels} "
+          "channels; give one a channel."
+      )
+  if config.batch_size < 1 or config.accumulate_steps < 1:
+    raise ValueError(
+        f"batch_size {config.batch_size} and accumulate_steps "
+        f"{config.accumulate_steps} need to be at least 1."
+    )
+  if config.batch_size % config.accumulate_steps:
+    raise ValueError(
+        f"batch_size {config.batch_size} is not a multiple of "
+        f"accumulate_steps {config.accumulate_steps}; change one of them."
+    )
+  for name, network in (("encoder", encoder), ("predictor", config.predictor)):
+    if network.width % network.num_heads or network.width % 4:
+      raise ValueError(
+          f"{name}.width {network.width} needs to be a multiple of 4 and of "
+          f"its {network.num_heads} heads."
+      )
+  for key in ("total", "optimizer.warmup", "log_every", "checkpoint.every",
+              "evaluate_every"):
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    Duration.parse(value, key)
+  for name, settings in config.evaluations.items():
+    for protocol in settings.protocols:
+      choose(f"protocol of evaluation {name}", protocol, ("linear", "knn"))
+    for features in settings.features:
+      choose(f"features of evaluation {name}", features, ("last", "last4"))
+    if "last4" in settings.features and encoder.depth < 4:
+      raise ValueError(
+          f'evaluation {name} asks for the last four layers of an encoder of '
+          f'{encoder.depth}; leave "last4" out of its features.'
+      )

@@ -1,0 +1,27 @@
+"""The networks: pure Flax, usable without the rest of the project.
+
+Axes, here and in every room that builds on this one:
+  B batch, H W image height and width in pixels, C channels,
+  N patches of an image, h w its grid (N = h * w, row-major),
+  S context blocks an image, K patches a context block,
+  M target blocks an image, T patches a target block,
+  D encoder width, P predictor width, L layers.
+"""
+
+from jepa_jax.models.vit import Encoder
+from jepa_jax.models.vit import gather_patches
+from jepa_jax.models.vit import patch_grid
+from jepa_jax.models.vit import patchify
+from jepa_jax.models.vit import Predictor
+from jepa_jax.models.vit import SIZES
+from jepa_jax.models.vit import sincos_positions
+
+__all__ = [
+    "Encoder",
+    "Predictor",
+    "SIZES",
+    "gather_patches",
+    "patch_grid",
+    "patchify",
+    "sincos_positions",
+]

@@ -1,0 +1,121 @@
+"""Schedules and the optimizer.
+
+Schedules are tables in float64, made once: the value of every step is exact
+to the last bit of its float32, the same on every device, and the log shows
+what the step used.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from jepa_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedules:
+  """Hyperparameters of every step, float64 [total_steps] each."""
+
+  lr: np.ndarray
+  weight_decay: np.ndarray
+  momentum: np.ndarray
+
+
+def make_schedules(config: ml_collections.ConfigDict) -> Schedules:
+  """Tables of learning rate, weight decay and target momentum.
+
+  Learning rate: linear from lr_start to lr in the warm-up, then a cosine to
+  lr_end. Weight decay: cosine (released) or linear (paper). Both count steps
+  from 1, so the first update is one step into the schedule, while the
+  momentum, linear, counts from 0: as released.
+
+  Raises:
+    ValueError: there is nothing to train, or only a warm-up.
+
+  Reference: Assran et al. 2023, appendix A, arXiv:2301.08243.
+  """
+  settings = config.optimizer
+  total = config_lib.steps(config, "total")
+  warmup = config_lib.steps(config, "optimizer.warmup")
+  if total < 1:
+    raise ValueError(
+        f'total "{config.total}" is {total} steps of {config.batch_size} '
+        "images; make it at least one."
+    )
+  if warmup >= total:
+    raise ValueError(
+        f'optimizer.warmup "{settings.warmup}" is {warmup} steps and total '
+        f'"{config.total}" is {total}; make the warm-up shorter.'
+    )
+  step = np.arange(1, total + 1, dtype=np.float64)
+
+  def cosine(start: float, end: float, progress: np.ndarray) -> np.ndarray:
+    return end + (start - end) * 0.5 * (1.0 + np.cos(np.pi * progress))
+
+  rising = settings.lr_start + (settings.lr - settings.lr_start) * (
+      step / max(1, warmup)
+  )
+  falling = cosine(
+      settings.lr, settings.lr_end, (step - warmup) / (total - warmup)
+  )
+  decay = (settings.weight_decay_start, settings.weight_decay_end)
+  if settings.weight_decay_shape == "cosine":
+    weight_decay = cosine(*decay, step / total)
+  else:
+    weight_decay = decay[0] + (decay[1] - decay[0]) * step / total
+  first, last = config.momentum
+  return Schedules(
+      lr=np.where(step < warmup, rising, falling),
+      weight_decay=weight_decay,
+      momentum=first + (last - first) * (step - 1.0) / total,
+  )
+
+
+def lookup(table: np.ndarray, step: jax.Array) -> jax.Array:
+  """Value of a schedule at a traced step, float32; the end's holds on."""
+  return jnp.asarray(table, jnp.float32)[jnp.minimum(step, len(table) - 1)]
+
+
+def decayed(params: Any) -> Any:
+  """Which parameters decay: all but biases and other vectors.
+
+  Blocks lie stacked, [L, ...], so their leading axis does not count.
+
+  Args:
+    params: tree of arrays.
+
+  Returns:
+    Tree of bool.
+  """
+
+  def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    stacked = any(getattr(key, "key", None) == "blocks" for key in path)
+    return leaf.ndim - stacked > 1
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedules: Schedules
+) -> optax.GradientTransformation:
+  """AdamW with scheduled learning rate and weight decay.
+
+  Reference: Loshchilov and Hutter 2019, arXiv:1711.05101.
+  """
+  settings = config.optimizer
+  adamw = optax.adamw(
+      lambda step: lookup(schedules.lr, step),
+      b1=settings.b1,
+      b2=settings.b2,
+      eps=settings.eps,
+      weight_decay=lambda step: lookup(schedules.weight_decay, step),
+      mask=decayed,
+  )
+  if settings.clip_norm:
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+  return adamw
