@@ -1,0 +1,300 @@
+"""From encoded bytes to one crop of fixed size, uint8.
+
+Where to crop is decided in NumPy from the image's header, for a whole batch at
+a time, before anything is decoded: so a JPEG is decoded only inside the crop,
+and every random choice is a function of (seed, epoch, image).
+"""
+
+import dataclasses
+import struct
+from typing import Any
+
+from jepa_jax.objectives import masks
+import numpy as np
+import tensorflow as tf
+
+MAX_PIXELS = 2**26  # 192 MiB decoded; a larger image is refused unread
+
+_CROP_TRIES = 10
+# EXIF orientation -> (transpose, then flip rows, then flip columns).
+_TURNS = {
+    1: (0, 0, 0),
+    2: (0, 0, 1),
+    3: (0, 1, 1),
+    4: (0, 1, 0),
+    5: (1, 0, 0),
+    6: (1, 0, 1),
+    7: (1, 1, 1),
+    8: (1, 1, 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What an image file says of itself: stored size and EXIF orientation."""
+
+  encoding: str
+  height: int
+  width: int
+  orientation: int = 1
+
+
+def read_header(data: bytes) -> Header:
+  """Reads the header of a JPEG, PNG, GIF or BMP image, whatever its name says.
+
+  Raises:
+    ValueError: empty, of another format, cut within the header, or of more
+      than MAX_PIXELS pixels.
+  """
+  if not data:
+    raise ValueError("empty or missing")
+  try:
+    if data.startswith(b"\xff\xd8"):
+      header = _jpeg_header(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+      width, height = struct.unpack_from(">II", data, 16)
+      header = Header("png", height, width)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+      width, height = struct.unpack_from("<HH", data, 6)
+      header = Header("gif", height, width)
+    elif data.startswith(b"BM"):
+      width, height = struct.unpack_from("<ii", data, 18)
+      header = Header("bmp", abs(height), width)
+    else:
+      raise ValueError("not a JPEG, PNG, GIF or BMP image")
+  except (struct.error, IndexError):
+    raise ValueError("cut within its header") from None
+  if header.height < 1 or header.width < 1:
+    raise ValueError(f"of {header.height} x {header.width} pixels")
+  if header.height * header.width > MAX_PIXELS:
+    raise ValueError(
+        f"{header.height} x {header.width} pixels, more than {MAX_PIXELS}"
+    )
+  return header
+
+
+def _jpeg_header(data: bytes) -> Header:
+  position, orientation = 2, 1
+  while True:
+    if data[position] != 0xFF:
+      raise ValueError("a JPEG with a broken header")
+    marker = data[position + 1]
+    if marker == 0xFF:  # padding
+      position += 1
+      continue
+    position += 2
+    if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # no payload
+      continue
+    if marker in (0xD9, 0xDA):
+      raise ValueError("a JPEG without a frame")
+    (length,) = struct.unpack_from(">H", data, position)
+    if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+      height, width = struct.unpack_from(">HH", data, position + 3)
+      return Header("jpeg", height, width, orientation)
+    if marker == 0xE1 and data[position + 2 : position + 8] == b"Exif\0\0":
+      orientation = _exif_orientation(data[position + 8 : position + length])
+    position += length
+
+
+def _exif_orientation(tiff: bytes) -> int:
+  """Orientation 1 to 8 of an EXIF block; 1 where it has none or is broken."""
+  order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+  if order is None:
+    return 1
+  try:
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    for i in range(count):
+      tag, _, _, value = struct.unpack_from(
+          order + "HHIH", tiff, start + 2 + 12 * i
+      )
+      if tag == 0x0112:
+        return value if value in _TURNS else 1
+  except struct.error:
+    pass
+  return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+  """What to cut from each image of a batch, and how to turn it.
+
+  Attributes:
+    boxes: int32 [B, 4]; top, left, height, width in *stored* pixels.
+    turns: bool [B, 3]; transpose, then flip rows, then flip columns.
+  """
+
+  boxes: np.ndarray
+  turns: np.ndarray
+
+
+def random_crops(
+    config: Any,
+    sizes: np.ndarray,
+    orientations: np.ndarray,
+    *,
+    seed: int,
+    epoch: np.ndarray,
+    index: np.ndarray,
+) -> Crops:
+  """Random resized crops, and flips where config.flip says so.
+
+  A crop's share of the area is uniform in crop_scale, its aspect ratio (width
+  over height) log-uniform in crop_ratio. The first of ten tries that fits in
+  the image counts; failing all, the largest central crop of a legal ratio.
+
+  Args:
+    config: config.data.
+    sizes: [B, 2] height and width as stored, pixels.
+    orientations: [B] EXIF orientation.
+    seed: the run's seed.
+    epoch: [B].
+    index: [B] number of each image in its source.
+
+  Reference: Szegedy et al. 2014, section 6, arXiv:1409.4842, as torchvision's
+    RandomResizedCrop does it.
+  """
+  turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
+  height, width = _displayed(sizes, turns)
+  key = masks.stream_key(seed, masks.AUGMENT)
+  for value in (epoch, index):
+    key = masks.fold(np, key, value.astype(np.uint32))
+  u = masks.words(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
+  scale, ratio, top, left = np.split(u[:, :-1], 4, axis=1)
+
+  low, high = config.crop_scale
+  area = (height * width)[:, None] * (low + scale * (high - low))
+  low, high = np.log(config.crop_ratio[0]), np.log(config.crop_ratio[1])
+  ratio = np.exp(low + ratio * (high - low))
+  w = np.round(np.sqrt(area * ratio)).astype(np.int64)
+  h = np.round(np.sqrt(area / ratio)).astype(np.int64)
+  fits = (0 < w) & (w <= width[:, None]) & (0 < h) & (h <= height[:, None])
+  top = np.floor(top * (height[:, None] - h + 1)).astype(np.int64)
+  left = np.floor(left * (width[:, None] - w + 1)).astype(np.int64)
+  tries = np.stack([top, left, h, w], -1)  # [B, 10, 4]
+  chosen = tries[np.arange(len(tries)), fits.argmax(1)]
+  box = np.where(
+      fits.any(1)[:, None],
+      chosen,
+      _central_box(height, width, *config.crop_ratio),
+  )
+  if config.flip:
+    mirrored = u[:, -1] < 0.5
+  else:
+    mirrored = np.zeros(len(u), bool)
+  # A mirrored crop is the mirror image of the box: choose it in the image as
+  # displayed, then mirror what was cut.
+  box = _stored(box, height, width, turns)
+  turns = turns ^ np.stack([0 * mirrored, 0 * mirrored, mirrored], -1) > 0
+  return Crops(box, turns)
+
+
+def central_crops(sizes: np.ndarray, orientations: np.ndarray) -> Crops:
+  """The largest central square of each image; arguments as `random_crops`."""
+  turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
+  height, width = _displayed(sizes, turns)
+  box = _central_box(height, width, 1.0, 1.0)
+  return Crops(_stored(box, height, width, turns), turns)
+
+
+def _displayed(
+    sizes: np.ndarray, turns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  sizes = np.where(turns[:, :1], sizes[:, ::-1], sizes).astype(np.int64)
+  return sizes[:, 0], sizes[:, 1]
+
+
+def _central_box(
+    height: np.ndarray, width: np.ndarray, low: float, high: float
+) -> np.ndarray:
+  """Largest central boxes whose width over height is in [low, high]."""
+  w = np.minimum(width, np.round(height * high)).astype(np.int64)
+  h = np.minimum(height, np.round(width / low)).astype(np.int64)
+  w, h = np.maximum(w, 1), np.maximum(h, 1)
+  return np.stack([(height - h) // 2, (width - w) // 2, h, w], -1)
+
+
+def _stored(
+    box: np.ndarray, height: np.ndarray, width: np.ndarray, turns: np.ndarray
+) -> np.ndarray:
+  """Boxes of the displayed image in coordinates of the stored one."""
+  top, left, h, w = box.T
+  top = np.where(turns[:, 1], height - top - h, top)
+  left = np.where(turns[:, 2], width - left - w, left)
+  box = np.stack([top, left, h, w], -1)
+  box = np.where(turns[:, :1], box[:, [1, 0, 3, 2]], box)
+  return box.astype(np.int32)
+
+
+def decode_crop(
+    encoded: tf.Tensor,
+    box: tf.Tensor,
+    turn: tf.Tensor,
+    *,
+    image_size: int,
+    channels: int,
+    encoding: str | None = None,
+) -> tf.Tensor:
+  """Decodes, crops and resizes one image.
+
+  Bilinear with antialiasing, as the released code's transforms do it through
+  PIL. Colour and grey convert to each other, CMYK to colour; alpha is dropped
+  and 16 bits become 8.
+
+  Args:
+    encoded: scalar string.
+    box: int32 [4]; top, left, height, width in stored pixels.
+    turn: bool [3]; as `Crops.turns`.
+    image_size: side of the result, pixels.
+    channels: 1 or 3.
+    encoding: "jpeg" or "png" where known, None to look.
+
+  Returns:
+    uint8 [image_size, image_size, channels].
+  """
+
+  def jpeg():
+    return tf.image.decode_and_crop_jpeg(encoded, box, channels=channels)
+
+  def other():
+    image = tf.io.decode_image(
+        encoded, channels=channels, expand_animations=False
+    )
+    return _cut(image, box)
+
+  def png():
+    return _cut(tf.image.decode_png(encoded, channels=channels), box)
+
+  if encoding == "jpeg":
+    image = jpeg()
+  elif encoding == "png":
+    image = png()
+  else:
+    image = tf.cond(tf.image.is_jpeg(encoded), jpeg, other)
+  size = tf.constant([image_size, image_size])
+  image = tf.raw_ops.ScaleAndTranslate(
+      images=image[None],
+      size=size,
+      scale=tf.cast(size, tf.float32) / tf.cast(box[2:], tf.float32),
+      translation=tf.zeros(2),
+      kernel_type="triangle",
+      antialias=True,
+  )[0]
+  image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+  image = tf.ensure_shape(image, (image_size, image_size, channels))
+  return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)
+
+
+def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+  zero = tf.zeros([1], tf.int32)
+  full = tf.shape(image)[2:]
+  return tf.slice(
+      image, tf.concat([box[:2], zero], 0), tf.concat([box[2:], full], 0)
+  )
+
+
+def _turn(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+  """Transposes and flips a square image as `Crops.turns` says."""
+  image = tf.where(turn[0], tf.transpose(image, (1, 0, 2)), image)
+  image = tf.where(turn[1], image[::-1], image)
+  return tf.where(turn[2], image[:, ::-1], image)
