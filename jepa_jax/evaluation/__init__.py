@@ -1,0 +1,1 @@
+"""Judging an encoder: features, probes, collapse metrics, the report."""

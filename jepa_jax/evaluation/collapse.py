@@ -1,0 +1,160 @@
+"""Is the encoder collapsing? Three numbers, and one sentence when they say so.
+
+The loss of a joint-embedding method cannot tell: predicting a constant is
+easy. These look at the features themselves. All are jnp, safe inside jit, and
+meant for average-pooled features of some 128 images: a few milliseconds there,
+so compute them at the steps that log rather than at every step.
+
+Axes: B images, D encoder width.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.scipy import special
+
+# An alarm means "look now", so these lie well outside of what healthy runs and
+# random encoders show. The pooled features of a random encoder already point
+# the same way (cosine above 0.99: all images share their positions), hence the
+# strict limit on the cosine.
+THRESHOLDS = {
+  "feature_std": 1e-3,  # at least; features of a final LayerNorm have scale 1
+  "effective_rank": 1.5,  # at least; 1 is one single direction
+  "mean_cosine": 0.9999,  # at most; 1 is the same direction for every image
+}
+
+
+def feature_std(features: jax.Array) -> jax.Array:
+  """Standard deviation over the images, averaged over the D features.
+
+  Args:
+    features: [B, D], any float type, computed in float32.
+
+  Returns:
+    Scalar, at least 0, in the features' own unit. 0: all images look the same.
+
+  Raises:
+    ValueError: features is not a matrix.
+  """
+  return jnp.mean(jnp.std(_matrix(features), axis=0))
+
+
+def effective_rank(features: jax.Array) -> jax.Array:
+  """Exponential of the entropy of the normalised singular values (RankMe).
+
+  A collapsed encoder scores near 1, a healthy one a good part of D. With fewer
+  images than features, B bounds the score: compare equal B only.
+
+  Differs: 0 log 0 is 0, where the paper adds 1e-7 to every share. And this is
+    an SVD, not the cheaper eigenvalues of the Gram matrix: features share a
+    large mean, beside which float32 squares lose the small singular values.
+
+  Args:
+    features: [B, D], any float type, computed in float32. Not centred.
+
+  Returns:
+    Scalar in [1, min(B, D)]; 1 for features that are all zero.
+
+  Raises:
+    ValueError: features is not a matrix.
+
+  Reference: Garrido et al. 2023, eq. 3, arXiv:2210.02885.
+  """
+  values = jnp.linalg.svd(_matrix(features), compute_uv=False)
+  total = jnp.sum(values)
+  shares = values / jnp.where(total == 0, 1, total)
+  return jnp.exp(jnp.sum(special.entr(shares)))
+
+
+def mean_cosine(features: jax.Array) -> jax.Array:
+  """Mean cosine similarity over all pairs of different images.
+
+  Uses sum_{i != j} u_i . u_j = |sum_i u_i|^2 - sum_i |u_i|^2, so no [B, B].
+
+  Args:
+    features: [B, D] with B > 1; any float type, computed in float32.
+
+  Returns:
+    Scalar in [-1 / (B - 1), 1]. 1: every image points the same way.
+
+  Raises:
+    ValueError: features is not a matrix, or holds a single image.
+  """
+  features = _matrix(features)
+  count = features.shape[0]
+  if count < 2:
+    raise ValueError(
+      f"mean_cosine got {count} image; it compares different images and "
+      "needs at least 2: pass a larger batch."
+    )
+  norms = jnp.linalg.norm(features, axis=1, keepdims=True)
+  units = features / jnp.where(norms == 0, 1, norms)
+  total = jnp.sum(jnp.square(jnp.sum(units, axis=0)))
+  return (total - jnp.sum(jnp.square(units))) / (count * (count - 1))
+
+
+def collapse_metrics(features: jax.Array) -> dict[str, jax.Array]:
+  """The three metrics above by name; `features` is [B, D] with B > 1."""
+  return {
+    "feature_std": feature_std(features),
+    "effective_rank": effective_rank(features),
+    "mean_cosine": mean_cosine(features),
+  }
+
+
+def collapse_warning(
+  metrics: Mapping[str, float],
+  thresholds: Mapping[str, float] = THRESHOLDS,
+) -> str:
+  """A sentence for the log when the metrics say collapse, otherwise "".
+
+  Args:
+    metrics: any of feature_std, effective_rank and mean_cosine; further keys
+      are ignored, so a whole row of the run's metrics will do.
+    thresholds: the limits, by the same names (THRESHOLDS). A metric without
+      a limit is not judged.
+
+  Returns:
+    What is wrong, with value and limit, and what to try; "" when all is well.
+
+  Raises:
+    ValueError: a threshold's name is not one of the three metrics.
+  """
+  unknown = sorted(set(thresholds) - set(THRESHOLDS))
+  if unknown:
+    raise ValueError(
+      f"unknown collapse threshold {unknown[0]!r}; known: "
+      + ", ".join(THRESHOLDS)
+    )
+  found = []
+  for name, limit in thresholds.items():
+    if name not in metrics:
+      continue
+    value = float(metrics[name])
+    words = name.replace("_", " ").replace("std", "standard deviation")
+    if not math.isfinite(value):
+      found.append(f"{words} is {value}")
+    elif name == "mean_cosine" and value > limit:
+      found.append(f"{words} between images {value:.5g} is above {limit:g}")
+    elif name != "mean_cosine" and value < limit:
+      found.append(f"{words} {value:.3g} is below {limit:g}")
+  if not found:
+    return ""
+  return (
+    "COLLAPSE: the encoder says (nearly) the same of every image: "
+    + "; ".join(found)
+    + ". A low loss means nothing now. Try a lower learning rate, a longer "
+    "warm-up or a momentum nearer 1, and check masks and input."
+  )
+
+
+def _matrix(features: jax.Array) -> jax.Array:
+  """`features` in float32, after checking that it is [B, D]."""
+  if features.ndim != 2:
+    raise ValueError(
+      f"collapse metrics got features of shape {tuple(features.shape)}; they "
+      "need [images, features]: average over the patches first."
+    )
+  return features.astype(jnp.float32)

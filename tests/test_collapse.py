@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_jax.evaluation import collapse
+
+RANDOM = np.random.default_rng(0)
+METRICS = [collapse.feature_std, collapse.effective_rank, collapse.mean_cosine]
+
+
+def orthogonal(rows, columns):
+  return np.linalg.qr(RANDOM.normal(size=(rows, columns)))[0]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_effective_rank_of_equal_singular_values_is_the_smaller_side(transpose):
+  features = 3 * orthogonal(11, 7)
+  features = features.T if transpose else features
+  np.testing.assert_allclose(collapse.effective_rank(features), 7, rtol=1e-5)
+
+
+def test_effective_rank_of_known_singular_values():
+  values = np.array([3.0, 1.0, 1.0])
+  features = orthogonal(9, 3) * values @ orthogonal(5, 3).T
+  shares = values / 5
+  expected = np.exp(-np.sum(shares * np.log(shares)))
+  np.testing.assert_allclose(
+    collapse.effective_rank(features), expected, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_effective_rank_of_one_direction_is_one(scale):
+  features = scale * np.outer(RANDOM.normal(size=64), RANDOM.normal(size=48))
+  np.testing.assert_allclose(collapse.effective_rank(features), 1, atol=1e-3)
+
+
+def test_effective_rank_keeps_small_values_beside_a_large_mean():
+  features = RANDOM.normal(size=(64, 48)) + 100 * RANDOM.normal(size=48)
+  values = np.linalg.svd(features, compute_uv=False)
+  shares = values / values.sum()
+  expected = np.exp(-np.sum(shares * np.log(shares)))
+  np.testing.assert_allclose(
+    collapse.effective_rank(features), expected, rtol=1e-3
+  )
+
+
+def test_constant_features_score_the_worst_of_each_metric():
+  features = np.tile(RANDOM.normal(size=(1, 7)), (11, 1))
+  metrics = collapse.collapse_metrics(features)
+  np.testing.assert_allclose(metrics["feature_std"], 0, atol=1e-6)
+  np.testing.assert_allclose(metrics["effective_rank"], 1, atol=1e-3)
+  np.testing.assert_allclose(metrics["mean_cosine"], 1, atol=1e-5)
+
+
+def test_zero_features_are_finite():
+  metrics = collapse.collapse_metrics(np.zeros((11, 7)))
+  assert metrics == {"feature_std": 0, "effective_rank": 1, "mean_cosine": 0}
+
+
+def test_feature_std_and_mean_cosine_are_the_brute_force_numbers():
+  features = RANDOM.normal(size=(11, 7)) + 0.5
+  units = features / np.linalg.norm(features, axis=1, keepdims=True)
+  pairs = (units @ units.T)[~np.eye(11, dtype=bool)]
+  np.testing.assert_allclose(
+    collapse.mean_cosine(features), pairs.mean(), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    collapse.feature_std(features), features.std(axis=0).mean(), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_jit_and_compute_in_float32(metric):
+  features = jnp.asarray(RANDOM.normal(size=(11, 7)), jnp.bfloat16)
+  result = jax.jit(metric)(features)
+  assert result.shape == () and result.dtype == jnp.float32
+  np.testing.assert_allclose(result, metric(features), rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_refuse_unpooled_features(metric):
+  with pytest.raises(ValueError, match="average over the patches"):
+    metric(np.zeros((2, 3, 5)))
+
+
+def test_mean_cosine_needs_two_images():
+  with pytest.raises(ValueError, match="at least 2"):
+    collapse.mean_cosine(np.zeros((1, 5)))
+
+
+def test_warning_is_silent_for_healthy_and_loud_for_constant_features():
+  healthy = collapse.collapse_metrics(RANDOM.normal(size=(64, 48)))
+  constant = collapse.collapse_metrics(np.ones((64, 48)))
+  assert collapse.collapse_warning(healthy) == ""
+  warning = collapse.collapse_warning({"loss": 0.1, **constant})
+  assert warning.startswith("COLLAPSE")
+  for words in ("standard deviation", "effective rank", "cosine"):
+    assert words in warning
+
+
+def test_warning_judges_each_metric_alone_and_names_its_limit():
+  limits = {"effective_rank": 5.0}
+  assert collapse.collapse_warning({"feature_std": 0.0}, limits) == ""
+  warning = collapse.collapse_warning({"effective_rank": 4.5}, limits)
+  assert "effective rank 4.5 is below 5" in warning
+  assert collapse.collapse_warning({"effective_rank": 5.5}, limits) == ""
+
+
+def test_warning_names_non_finite_features():
+  assert "is nan" in collapse.collapse_warning({"mean_cosine": float("nan")})
+
+
+def test_unknown_threshold_lists_the_known_ones():
+  with pytest.raises(ValueError, match="known: feature_std, effective_rank"):
+    collapse.collapse_warning({}, {"rank": 2.0})

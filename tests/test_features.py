@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_jax.evaluation import features
+
+RANDOM = np.random.default_rng(0)
+
+
+def batches(count, batch_size, shape=(6, 4, 3)):
+  """Batches of one size, the last padded, as the pipeline gives them."""
+  images = RANDOM.integers(0, 256, (count, *shape), np.uint8)
+  labels = np.arange(count, dtype=np.int32)
+  result = []
+  for start in range(0, count, batch_size):
+    rows = np.arange(start, start + batch_size)
+    valid = rows < count
+    rows = np.where(valid, rows, 0)
+    result.append(
+      {"image": images[rows], "label": labels[rows], "valid": valid}
+    )
+  return images, labels, result
+
+
+def test_extract_keeps_order_and_drops_padding():
+  images, labels, dataset = batches(count=11, batch_size=4)
+  compilations = []
+
+  @jax.jit
+  def encode(images):
+    compilations.append(images.shape)
+    return images.mean(axis=(1, 2)).astype(jnp.bfloat16)
+
+  result = features.extract(encode, dataset, progress=False)
+  assert result["features"].dtype == np.float32
+  np.testing.assert_array_equal(result["labels"], labels)
+  np.testing.assert_allclose(
+    result["features"], images.mean(axis=(1, 2)), rtol=1e-2
+  )
+  assert compilations == [(4, 6, 4, 3)]
+
+
+def test_extract_without_valid_keeps_every_row():
+  _, _, dataset = batches(count=8, batch_size=4)
+  for batch in dataset:
+    del batch["valid"]
+  result = features.extract(features.raw_pixels, dataset, progress=False)
+  assert result["features"].shape == (8, 6 * 4 * 3)
+
+
+def test_extract_reads_a_tf_dataset():
+  tf = pytest.importorskip("tensorflow")
+  images, labels, dataset = batches(count=5, batch_size=3)
+  dataset = tf.data.Dataset.from_tensor_slices(
+    {key: np.stack([b[key] for b in dataset]) for key in dataset[0]}
+  )
+  result = features.extract(features.raw_pixels, dataset, progress=False)
+  np.testing.assert_array_equal(result["labels"], labels)
+  np.testing.assert_allclose(
+    result["features"], images.reshape(5, -1) / 255, rtol=1e-6
+  )
+
+
+def test_extract_shows_progress_in_images(capsys):
+  _, _, dataset = batches(count=11, batch_size=4)
+  features.extract(
+    features.raw_pixels, dataset, total=11, description="trained last"
+  )
+  shown = capsys.readouterr().err
+  assert "trained last" in shown and "11/11" in shown
+
+
+@pytest.mark.parametrize(
+  "encode, message",
+  [
+    (lambda x: x.reshape(4, 6, -1), "average over the patches"),
+    (lambda x: x.reshape(4, -1)[:3], "for 4 images"),
+    (lambda x: np.full((4, 2), np.nan), "7 of 7 images are not finite"),
+  ],
+)
+def test_extract_refuses_bad_features(encode, message):
+  _, _, dataset = batches(count=7, batch_size=4)
+  with pytest.raises(ValueError, match=message):
+    features.extract(encode, dataset, progress=False)
+
+
+def test_extract_refuses_an_empty_dataset():
+  with pytest.raises(ValueError, match="at least one"):
+    features.extract(features.raw_pixels, [], progress=False)
+
+
+def test_small_images_are_their_own_features():
+  images = RANDOM.integers(0, 256, (3, 28, 20, 1), np.uint8)
+  np.testing.assert_allclose(
+    features.raw_pixels(images), images.reshape(3, -1) / 255, rtol=1e-6
+  )
+
+
+def test_large_images_are_averaged_over_equal_areas():
+  images = RANDOM.integers(0, 256, (2, 48, 12, 3), np.uint8)
+  expected = images.reshape(2, 16, 3, 12, 3).mean(axis=2) / 255
+  np.testing.assert_allclose(
+    features.raw_pixels(images), expected.reshape(2, -1), rtol=1e-5
+  )
+
+
+def test_reduction_by_a_fraction_keeps_mean_and_constants():
+  images = RANDOM.integers(0, 256, (2, 37, 41, 3), np.uint8)
+  reduced = features.raw_pixels(images).reshape(2, 16, 16, 3)
+  np.testing.assert_allclose(
+    reduced.mean(axis=(1, 2)), images.mean(axis=(1, 2)) / 255, rtol=1e-5
+  )
+  constant = features.raw_pixels(np.full((2, 37, 41, 3), 51, np.uint8))
+  np.testing.assert_allclose(constant, 0.2, rtol=1e-5)
