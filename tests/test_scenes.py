@@ -106,8 +106,10 @@ def test_a_failed_worker_is_reported():
 @pytest.mark.parametrize("size", [0, 1])
 def test_rays_end_on_the_surface(shape, size):
   scene = one_object(shape, size=size)
-  depth, owner, normals = render.cast(scene, 101)
+  depth, owner = render.cast(scene, 101)
   rays = rays_of(scene, 101)
+  points = (scene.position + depth[..., None] * rays).transpose(2, 0, 1)
+  normals = render.surface_normals(scene, points.astype(np.float32), owner)
   hit = owner == 0
   where = (scene.position + depth[..., None] * rays)[hit] - scene.centers[0]
   turn = math.radians(25.0)

@@ -21,6 +21,7 @@ Reference: Johnson et al. 2017, section 3 and appendix A, arXiv:1612.06890.
 
 import collections.abc
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Scene:
   key: np.ndarray
   fill: np.ndarray
 
-  @property
+  @functools.cached_property
   def half_widths(self) -> np.ndarray:
     """[n] radius of a sphere or cylinder, half the edge of a cube."""
     radius = np.array(list(SIZES.values()))[self.size]
@@ -192,9 +193,7 @@ def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
   )
 
 
-def cast(
-    scene: Scene, grid: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cast(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
   """Finds the surface that each of grid x grid rays meets first.
 
   Args:
@@ -203,32 +202,50 @@ def cast(
 
   Returns:
     depth [grid, grid] float32 along the optical axis; owner [grid, grid] int,
-    the object's index or -1 for the floor; normals [3, grid, grid] float32.
+    the object's index or -1 for the floor.
   """
   rays = _rays(scene, grid)
   down = np.minimum(rays[2], np.float32(-1e-3))
   depth = np.minimum(np.float32(-scene.position[2]) / down, np.float32(1e3))
   owner = np.full((grid, grid), -1)
-  normals = np.zeros((3, grid, grid), np.float32)
-  normals[2] = 1
-  half_widths = scene.half_widths
   for k, center in enumerate(scene.centers):
     window = _window(scene, center[None], _reach(scene, k), grid)
-    local = _turn(scene, k, rays[(slice(None), *window)])
     origin = _turn(scene, k, scene.position - center).astype(np.float32)
-    near, far, axis = _crossing(
+    near, far = _crossing(
         SHAPES[scene.shape[k]],
-        np.float32(half_widths[k]),
+        np.float32(scene.half_widths[k]),
         origin[:, None, None],
-        local,
+        _turn(scene, k, rays[(slice(None), *window)]),
     )
     hit = (near < far) & (near < depth[window])
-    where = origin[:, None] + near[hit] * local[:, hit]
-    normal = _normal(SHAPES[scene.shape[k]], where, axis[hit], local[:, hit])
     depth[window][hit] = near[hit]
     owner[window][hit] = k
-    normals[(slice(None), *window)][:, hit] = _turn(scene, k, normal, back=True)
-  return depth, owner, normals
+  return depth, owner
+
+
+def surface_normals(
+    scene: Scene, points: np.ndarray, owner: np.ndarray
+) -> np.ndarray:
+  """Which way the surface faces where rays end.
+
+  Args:
+    scene: what is looked at.
+    points: [3, grid, grid] where on it the rays end.
+    owner: [grid, grid] the object there, or -1 for the floor.
+
+  Returns:
+    [3, grid, grid] float32 unit vectors.
+  """
+  normals = np.zeros(points.shape, np.float32)
+  normals[2] = 1
+  for k, center in enumerate(scene.centers):
+    window = _window(scene, center[None], _reach(scene, k), owner.shape[0])
+    inside = (slice(None), *window)
+    mine = owner[window] == k
+    where = points[inside][:, mine] - center.astype(np.float32)[:, None]
+    normal = _outward(SHAPES[scene.shape[k]], _turn(scene, k, where))
+    normals[inside][:, mine] = _turn(scene, k, normal, back=True)
+  return normals
 
 
 def render(
@@ -245,9 +262,10 @@ def render(
     in the pixel, in world units; owner [H, W] int, that surface's object or -1.
   """
   grid = 2 * image_size
-  depth, owner, normals = cast(scene, grid)
+  depth, owner = cast(scene, grid)
   rays = _rays(scene, grid)
   points = scene.position.astype(np.float32)[:, None, None] + depth * rays
+  normals = surface_normals(scene, points, owner)
   direct, ambient = _shadows(scene, points, owner)
   color = _shade(scene, rays, normals, owner, direct, ambient)
   # Far floor melts into the backdrop, so that the horizon leaves no edge.
@@ -414,7 +432,7 @@ def _window(
     if depth <= 1.01 * radius:
       return slice(0, grid), slice(0, grid)
     scale = (depth**2 - radius**2) * TANGENT
-    for side, bound in zip((y, x), bounds):
+    for side, bound in zip((y, x), bounds, strict=True):
       spread = radius * math.sqrt(side**2 + depth**2 - radius**2)
       bound.append((side * depth - spread) / scale)
       bound.append((side * depth + spread) / scale)
@@ -430,7 +448,7 @@ def _window(
 
 def _crossing(
     shape: str, half: np.ndarray, origin: np.ndarray, ray: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
   """Where rays enter and leave a solid centred at the origin.
 
   Args:
@@ -439,23 +457,18 @@ def _crossing(
     origin, ray: [3, ...], broadcast against each other.
 
   Returns:
-    near, far: ray parameters; no hit where near >= far. axis: the axis of the
-    slab through which a ray enters (0, 1, 2), or -1 for a curved side.
+    near, far: ray parameters; no hit where near >= far.
   """
   if shape == "sphere":
-    near, far = _round_crossing(half, origin, ray)
-    return near, far, np.full(near.shape, -1)
-  if shape == "cube":
-    near, far = _slab_crossing(half, origin[0], ray[0])
-    near_y, far_y = _slab_crossing(half, origin[1], ray[1])
-    axis = np.where(near_y > near, 1, 0)
-    near, far = np.maximum(near, near_y), np.minimum(far, far_y)
+    return _round_crossing(half, origin, ray)
+  near, far = _slab_crossing(half, origin[2], ray[2])
+  if shape == "cylinder":
+    sides = [_round_crossing(half, origin[:2], ray[:2])]
   else:
-    near, far = _round_crossing(half, origin[:2], ray[:2])
-    axis = np.full(near.shape, -1)
-  near_z, far_z = _slab_crossing(half, origin[2], ray[2])
-  axis = np.where(near_z > near, 2, axis)
-  return np.maximum(near, near_z), np.minimum(far, far_z), axis
+    sides = [_slab_crossing(half, origin[i], ray[i]) for i in (0, 1)]
+  for side_near, side_far in sides:
+    near, far = np.maximum(near, side_near), np.minimum(far, side_far)
+  return near, far
 
 
 def _slab_crossing(half, origin, ray):
@@ -466,7 +479,7 @@ def _slab_crossing(half, origin, ray):
 
 def _round_crossing(half, origin, ray):
   a = np.maximum(sum(r * r for r in ray), np.float32(1e-12))
-  b = sum(o * r for o, r in zip(origin, ray))
+  b = sum(o * r for o, r in zip(origin, ray, strict=True))
   c = sum(o * o for o in origin) - half * half
   discriminant = b * b - a * c
   root = np.sqrt(np.maximum(discriminant, 0))
@@ -474,16 +487,20 @@ def _round_crossing(half, origin, ray):
   return (-b - root) / a + missed, (-b + root) / a
 
 
-def _normal(shape, where, axis, ray):
-  """[3, hits] outward unit normals, in the object's own axes."""
-  normal = where.astype(np.float32)
+def _outward(shape: str, where: np.ndarray) -> np.ndarray:
+  """[3, hits] unit normals at points of a surface, in the object's axes."""
+  if shape == "cube":
+    largest = np.abs(where).argmax(axis=0)[None]
+    normal = np.zeros_like(where)
+    side = np.sign(np.take_along_axis(where, largest, axis=0))
+    np.put_along_axis(normal, largest, side, axis=0)
+    return normal
+  normal = where.copy()
   if shape == "cylinder":
-    normal[2] = 0
-  normal /= np.maximum(np.linalg.norm(normal, axis=0), np.float32(1e-6))
-  flat = np.flatnonzero(axis >= 0)
-  normal[:, flat] = 0
-  normal[axis[flat], flat] = -np.sign(ray[axis[flat], flat])
-  return normal
+    lid = np.abs(where[2]) > np.hypot(where[0], where[1])
+    normal[:2, lid] = 0
+    normal[2, ~lid] = 0
+  return normal / np.maximum(np.linalg.norm(normal, axis=0), np.float32(1e-6))
 
 
 def _shadows(
@@ -513,18 +530,17 @@ def _shadows(
     offset = math.cos(turn) * across + math.sin(turn) * along
     point = _unit(scene.key + _LIGHT_RADIUS * offset)
     light[:, i::2, j::2] = point[:, None, None]
-  half_widths = scene.half_widths
   for k, center in enumerate(scene.centers):
-    reach = _reach(scene, k)
+    half, reach = np.float32(scene.half_widths[k]), _reach(scene, k)
     fall = (center[2] + reach) / scene.key[2]
     sweep = np.stack([center, center - fall * scene.key])
     radius = reach + fall * 1.5 * _LIGHT_RADIUS
     window = _window(scene, sweep, radius, grid)
     inside = (slice(None), *window)
     offset = points[inside] - center.astype(np.float32)[:, None, None]
-    near, far, _ = _crossing(
+    near, far = _crossing(
         SHAPES[scene.shape[k]],
-        np.float32(half_widths[k]),
+        half,
         _turn(scene, k, offset),
         _turn(scene, k, light[inside]),
     )
@@ -536,8 +552,8 @@ def _shadows(
     offset = points[(slice(None), *window)] - center.astype(np.float32)[
         :, None, None
     ]
-    squared = np.maximum(sum(o * o for o in offset), half_widths[k] ** 2)
-    hidden = -offset[2] * half_widths[k] ** 2 / (squared * np.sqrt(squared))
+    squared = np.maximum(sum(o * o for o in offset), half * half)
+    hidden = -offset[2] * (half * half) / (squared * np.sqrt(squared))
     hidden = np.maximum(hidden - 0.04, 0) * (owner[window] < 0)
     ambient[window] *= 1 - np.minimum(hidden, 0.9)
   return direct, ambient
@@ -553,7 +569,7 @@ def _shade(
 ) -> np.ndarray:
   """[3, grid, grid] linear colour of every ray."""
   view = rays / np.sqrt(sum(r * r for r in rays))
-  facing = sum(n * v for n, v in zip(normals, view))
+  facing = sum(n * v for n, v in zip(normals, view, strict=True))
   mirror_z = view[2] - 2 * facing * normals[2]
   key = _dot(normals, scene.key)
   diffuse = 0.85 * direct * np.maximum(key, 0)
