@@ -188,6 +188,7 @@ class Block(nn.Module):
   mlp_ratio: float = 4.0
   dropout: float = 0.0
   dtype: Dtype = jnp.float32
+  norm_epsilon: float = _NORM_EPSILON
 
   @nn.compact
   def __call__(
@@ -210,7 +211,7 @@ class Block(nn.Module):
     train = drop_path is not None
     norm = functools.partial(
         nn.LayerNorm,
-        epsilon=_NORM_EPSILON,
+        epsilon=self.norm_epsilon,
         dtype=self.dtype,
         use_fast_variance=False,
     )
@@ -236,7 +237,8 @@ class Block(nn.Module):
     x = x + keep_path(drop(dense(d, name="out")(y)))
 
     y = norm(name="norm2")(x)
-    y = dense(round(self.mlp_ratio * d), name="fc1")(y)
+    # Cut, not rounded, as released; the epsilon mends ratios such as 209 / 48.
+    y = dense(int(self.mlp_ratio * d + 1e-6), name="fc1")(y)
     y = drop(_gelu(y))
     return x + keep_path(drop(dense(d, name="fc2")(y)))
 
@@ -256,6 +258,7 @@ class Transformer(nn.Module):
       models on TPU and GPU); False unrolls (faster on CPU).
     remat: what blocks keep for the backward pass: "none" recomputes nothing,
       "dots" all but products with weights, "full" everything.
+    norm_epsilon: added to the variance in every LayerNorm.
   """
 
   depth: int
@@ -266,6 +269,7 @@ class Transformer(nn.Module):
   dtype: Dtype = jnp.float32
   scan: bool = False
   remat: str = "none"
+  norm_epsilon: float = _NORM_EPSILON
 
   @nn.compact
   def __call__(
@@ -297,6 +301,7 @@ class Transformer(nn.Module):
         mlp_ratio=self.mlp_ratio,
         dropout=self.dropout,
         dtype=self.dtype,
+        norm_epsilon=self.norm_epsilon,
         parent=None,
     )
 
@@ -391,6 +396,10 @@ class Encoder(nn.Module):
     dtype: of the computation; parameters are float32.
     scan: see Transformer.
     remat: see Transformer.
+    norm_epsilon: see Transformer.
+    position_grid: (h, w) of position embeddings that are a parameter
+      "positions", [N, D], as in foreign weights; None computes sine-cosine
+      ones for any grid.
   """
 
   width: int
@@ -403,6 +412,8 @@ class Encoder(nn.Module):
   dtype: Dtype = jnp.float32
   scan: bool = False
   remat: str = "none"
+  norm_epsilon: float = _NORM_EPSILON
+  position_grid: tuple[int, int] | None = None
 
   @nn.compact
   def __call__(
@@ -434,7 +445,7 @@ class Encoder(nn.Module):
     """
     grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
     patches = patchify(images, self.patch_size).astype(self.dtype)
-    positions = jnp.asarray(sincos_positions(grid, self.width))
+    positions = self._positions(grid)
     if patch_ids is not None:
       patches = gather_patches(patches, patch_ids)  # [B, (S,) K, patch pixels]
       positions = positions[patch_ids]
@@ -458,16 +469,31 @@ class Encoder(nn.Module):
         dtype=self.dtype,
         scan=self.scan,
         remat=self.remat,
+        norm_epsilon=self.norm_epsilon,
         name="transformer",
     )(x, valid, layers=layers, train=train)
     norm = nn.LayerNorm(
-        epsilon=_NORM_EPSILON,
+        epsilon=self.norm_epsilon,
         dtype=self.dtype,
         use_fast_variance=False,
         name="norm",
     )
     x = jnp.concatenate([norm(y) for y in outputs], axis=-1)
     return x.reshape(*lead, layers * self.width)
+
+  def _positions(self, grid: tuple[int, int]) -> jax.Array:
+    if self.position_grid is None:
+      return jnp.asarray(sincos_positions(grid, self.width))
+    stored = tuple(self.position_grid)
+    if grid != stored:
+      raise ValueError(
+          f"images have {grid[0]}x{grid[1]} patches but the stored position "
+          f"embeddings {stored[0]}x{stored[1]}; resize the images, or convert "
+          "the weights with --image_size and --positions bicubic."
+      )
+    return self.param(
+        "positions", lambda _: jnp.asarray(sincos_positions(grid, self.width))
+    )
 
 
 class Predictor(nn.Module):
