@@ -1,0 +1,262 @@
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jepa_jax.evaluation import report
+
+RANDOM = np.random.default_rng(0)
+EVIL = "<script>alert('x')</script>&$title"
+
+
+class Checker(html.parser.HTMLParser):
+  """Every opened element is closed, in order; collects text and addresses."""
+
+  OPTIONAL = {"td", "th", "tr", "tbody", "thead"}  # end tags HTML leaves out
+  VOID = {"meta", "img"}
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.words, self.addresses, self.tags = [], [], [], []
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.addresses += [v for k, v in attributes if k in ("src", "href")]
+    if tag not in self.OPTIONAL | self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.tags.append(tag)
+    self.addresses += [v for k, v in attributes if k in ("src", "href")]
+
+  def handle_endtag(self, tag):
+    if tag not in self.OPTIONAL:
+      assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+
+def read(workdir):
+  """Writes and parses the report; returns the checker and its plain text."""
+  page = report.write(workdir).read_text(encoding="utf-8")
+  checker = Checker()
+  checker.feed(page)
+  checker.close()
+  assert not checker.open
+  for address in checker.addresses:  # nothing from outside
+    assert address.startswith(("data:image/png;base64,", "#"))
+  assert "@import" not in page and "url(" not in page
+  return checker, re.sub(r"\s+", " ", " ".join(checker.words))
+
+
+def row(evaluation, encoder, top1, protocol="linear", features="last"):
+  features = "pixels" if encoder == "pixels" else features
+  return {
+    "evaluation": evaluation, "protocol": protocol, "features": features,
+    "encoder": encoder, "top1": top1, "n_train": 8000, "n_test": 2000,
+  }  # fmt: skip
+
+
+def write_pictures(path, n=3, h=3, w=5, channels=3, **changes):
+  arrays = {
+    "masks_image": RANDOM.integers(0, 256, (n, 12, 20, channels), np.uint8),
+    "masks_context": RANDOM.random((n, h, w)) < 0.5,
+    "masks_targets": RANDOM.random((n, 4, h, w)) < 0.2,
+    "features_image": RANDOM.integers(0, 256, (n, 12, 20, channels), np.uint8),
+    "features": RANDOM.normal(size=(n, h, w, 7)),
+    "features_random": RANDOM.normal(size=(n, h, w, 7)),
+  } | changes
+  np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+def fill(workdir):
+  workdir.joinpath("config.json").write_text(
+    json.dumps({"seed": 3, "note": EVIL, "data": {"mean": [0.5], EVIL: None}})
+  )
+  workdir.joinpath("run.json").write_text(
+    json.dumps(
+      {
+        "device": EVIL,
+        "devices": 4,
+        "seconds": 3725,
+        "parameters": 85_800_000,
+        "images_per_second": 216.4,
+        "versions": {"jax": "0.10.2"},
+      }
+    )  # fmt: skip
+  )
+  with workdir.joinpath("metrics.jsonl").open("w") as file:
+    for step in range(5, 105, 5):
+      values = {"step": step, "loss": 1 / step, "effective_rank": 20.0}
+      values |= {EVIL: 1.0, "eval/count/linear": step, "grad_norm": 2.0}
+      file.write(json.dumps(values) + "\n")
+  scores = [("trained", 50.0), ("random", 40.0), ("pixels", 30.0)]
+  rows = [row(EVIL, encoder, top1) for encoder, top1 in scores]
+  rows.append({"evaluation": "depth", "encoder": "trained", "rmse": 0.25})
+  workdir.joinpath("evaluations.json").write_text(json.dumps(rows))
+  write_pictures(workdir / "pictures.npz")
+
+
+def test_full_report_is_one_sound_page_with_every_part(tmp_path):
+  fill(tmp_path)
+  checker, text = read(tmp_path)
+  assert checker.tags.count("script") == 0
+  assert EVIL in text  # shown as text
+  for words in (
+    "The trained encoder beats its baselines", "+10.0", "+20.0", "0.25", "rmse",
+    "85.8M", "1 h 2 min", "216.4", "Loss", "Effective rank of the features",
+    "Evaluations during training", "its patches", "of 15 patches", "0.10.2",
+    "Not recorded: data_wait_seconds",
+  ):  # fmt: skip
+    assert words in text
+  assert "COLLAPSE" not in text and "There is no" not in text
+  # 3 mask images; image, trained twice and random for each of 3 feature images
+  images = [a for a in checker.addresses if a.startswith("data:")]
+  assert len(images) == 3 + 3 * 4
+  assert checker.addresses.count("#mask-2") == 2
+
+
+def test_report_of_an_empty_workdir_names_what_is_missing(tmp_path):
+  _, text = read(tmp_path)
+  for name in ("config.json", "run.json", "metrics.jsonl", "evaluations.json"):
+    assert f"There is no {name} in the workdir" in text
+  assert text.count("There is no pictures.npz") == 2
+  assert "nothing is known" in text
+
+
+FILES = (
+  "config.json", "run.json", "metrics.jsonl", "evaluations.json", "pictures.npz"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_missing_part_is_said(tmp_path, name):
+  fill(tmp_path)
+  (tmp_path / name).unlink()
+  assert f"There is no {name} in the workdir" in read(tmp_path)[1]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [b"", b"{[", b"PK\x03\x04\xff\x00", b"\xff"])
+def test_a_damaged_part_is_said(tmp_path, name, damage):
+  fill(tmp_path)
+  (tmp_path / name).write_bytes(damage)
+  _, text = read(tmp_path)
+  assert f"{name} is damaged" in text or f"{name} holds no" in text
+
+
+def test_truncated_pictures_are_said(tmp_path):
+  fill(tmp_path)
+  path = tmp_path / "pictures.npz"
+  path.write_bytes(path.read_bytes()[:-300])
+  assert "pictures.npz is damaged" in read(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"masks_targets": None}, "pictures.npz lacks masks_targets"),
+    ({"features_random": None}, "there is no comparison"),
+    ({"features": np.full((3, 3, 5, 7), np.nan)}, "features: PCA got"),
+    ({"masks_context": np.zeros(3, bool)}, "unexpected shapes"),
+    ({"features_image": np.zeros((3, 12), np.uint8)}, "unexpected shape"),
+    ({"features": np.ones((1, 3, 5, 7))}, "variance"),
+  ],
+)
+def test_incomplete_pictures_are_said(tmp_path, changes, words):
+  write_pictures(tmp_path / "pictures.npz", **changes)
+  assert words in read(tmp_path)[1]
+
+
+def test_grey_images_are_shown(tmp_path):
+  write_pictures(tmp_path / "pictures.npz", channels=1)
+  checker, _ = read(tmp_path)
+  assert sum(a.startswith("data:") for a in checker.addresses) == 15
+
+
+def test_metrics_of_a_resumed_run_keep_the_last_of_each_step():
+  text = (
+    b'{"step": 10, "loss": 3.0, "text": "x", "flag": true}\n'
+    b'{"step": 20, "loss": 2.0}\n\n'
+    b'{"step": 30, "loss": 1.0}\n'
+    b'{"step": 20, "loss": NaN, "eval/count": null}\n'
+    b'{"step": 30, "grad_norm": Infinity}\n'
+    b'{"step": 40, "lo'
+  )
+  metrics, notes = report.read_metrics(text)
+  assert set(metrics) == {"loss", "eval/count", "grad_norm"}
+  np.testing.assert_array_equal(metrics["loss"][0], [10, 20, 30])
+  np.testing.assert_array_equal(metrics["loss"][1], [3, np.nan, 1])
+  assert np.isnan(metrics["eval/count"][1]) and notes == [
+    "The last line of metrics.jsonl is cut off and was skipped."
+  ]
+
+
+def test_broken_lines_amid_the_metrics_are_counted():
+  text = (
+    b'{"step": 1, "loss": 2}\n{"st\n[1]\n{"loss": 1}\n{"step": 2, "loss": 1}'
+  )
+  metrics, notes = report.read_metrics(text)
+  np.testing.assert_array_equal(metrics["loss"][1], [2, 1])
+  assert "3 lines" in notes[0] and "line 2" in notes[0]
+
+
+def test_collapse_and_divergence_raise_an_alarm(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text(
+    '{"step": 1, "effective_rank": 30.0, "loss": 1.0}\n'
+    '{"step": 2, "effective_rank": 1.01, "loss": NaN}\n'
+  )
+  _, text = read(tmp_path)
+  assert "COLLAPSE" in text and "effective rank 1.01" in text
+  assert "The last loss is nan" in text
+
+
+def test_verdict_states_each_outcome():
+  def rows(name, trained, random, pixels):
+    scores = {"trained": trained, "random": random, "pixels": pixels}
+    return [row(name, encoder, top1) for encoder, top1 in scores.items()]
+
+  count, distance = rows("count", 50, 40, 20), rows("distance", 55, 44, 72)
+  assert report.verdict(count).startswith("The trained encoder beats its base")
+  mixed = report.verdict(count + distance)
+  assert "raw pixels are not beaten on distance: " in mixed
+  assert "count 50.0 % (+10.0 over the random encoder, +30.0" in mixed
+  assert "distance 55.0 % (+11.0 over the random encoder, −17.0" in mixed
+  flat = rows("flat", 41, 40, 20)  # 1 point of 2,000 images is noise
+  assert report.verdict(flat).startswith("Training did not help on flat:")
+  partly = report.verdict(count + flat)
+  assert partly.startswith("Training helped on count, not on flat:")
+
+
+def test_verdict_takes_the_best_features_and_prefers_the_linear_probe():
+  rows = [
+    row("count", "trained", 50, features="last"),
+    row("count", "trained", 60, features="last4"),
+    row("count", "random", 45, features="last"),
+    row("count", "random", 41, features="last4"),
+    row("count", "trained", 99, protocol="knn"),
+    row("count", "random", 1, protocol="knn"),
+  ]
+  sentence = report.verdict(rows)
+  assert "linear probe on count 60.0 % (+15.0 over the random" in sentence
+  assert "k-NN on count 99.0 % (+98.0" in report.verdict(rows[4:])
+
+
+def test_differences_within_the_noise_are_grey(tmp_path):
+  rows = [row("count", "trained", 41.0), row("count", "random", 40.0)]
+  path = tmp_path / "evaluations.json"
+  path.write_text(json.dumps(rows))
+  page = report.write(tmp_path).read_text()
+  assert '<span class="faint">+1.0</span>' in page and "±1.1" in page
+  rows[0]["top1"] = 30.0
+  path.write_text(json.dumps(rows))
+  page = report.write(tmp_path).read_text()
+  assert '<span class="bad">−10.0</span>' in page
+
+
+def test_no_directory_is_a_clear_error(tmp_path):
+  with pytest.raises(ValueError, match="pass the --workdir of a run"):
+    report.write(tmp_path / "nowhere")
