@@ -8,7 +8,9 @@ An experiment is a file with `get_config(variant)` that starts from
 
 import dataclasses
 import difflib
+import json
 import math
+import pathlib
 import re
 from typing import Any
 
@@ -130,12 +132,36 @@ def evaluation(
   c.label = label
   c.train = train
   c.test = test
-  c.max_examples = 0  # of each split; 0: all
   c.protocols = ("linear", "knn")
   c.features = ("last", "last4")  # layers that are pooled
   c.baselines = ("random", "pixels")  # what stands beside it
   c.data = ml_collections.ConfigDict(data)
   return c
+
+
+def evaluation_data(
+    config: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict | None,
+) -> ml_collections.ConfigDict:
+  """config.data with what an evaluation changes of it."""
+  data = ml_collections.ConfigDict(config.data)
+  if settings is not None:
+    data.update(settings.data)
+  return data
+
+
+def read(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """Loads the config.json of a run."""
+
+  def restore(value: Any) -> Any:
+    if isinstance(value, dict):
+      return ml_collections.ConfigDict({k: restore(v) for k, v in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+  try:
+    return restore(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be read: {error}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

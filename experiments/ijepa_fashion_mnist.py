@@ -1,0 +1,40 @@
+"""I-JEPA on Fashion-MNIST: 60,000 images of 28 pixels in grey.
+
+Command:   python -m jepa_jax.train --config experiments/ijepa_fashion_mnist.py \\
+             --workdir runs/fashion_mnist --config.data.data_dir=DIR
+           DIR holds TFDS's fashion_mnist/3.0.1.
+Hardware:  2 CPU cores.
+"""
+
+import ml_collections
+
+from jepa_jax import config
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """No variants."""
+  config.choose("variant", variant, ("",))
+  c = config.defaults()
+  c.batch_size = 128
+  c.total = "2808 steps"  # 6 epochs
+
+  c.data.name = "fashion_mnist"
+  c.data.num_examples = 60_000
+  c.data.image_size = 28  # pixels
+  c.data.channels = 1
+  c.data.mean = (0.286,)  # of the training images
+  c.data.std = (0.353,)
+  c.masks.min_keep = 4  # patches, of a grid of 7 x 7
+
+  c.encoder.update(width=128, depth=6, num_heads=4, mlp_ratio=4.0)
+  c.encoder.patch_size = 4  # pixels
+  c.predictor.update(width=64, depth=4, num_heads=4)
+
+  c.optimizer.warmup = "1 epochs"
+  c.compute.dtype = "float32"  # as fast as bfloat16 on a CPU
+  c.compute.scan = False  # unrolled is faster on a CPU
+
+  c.log_every = "20 steps"
+  c.checkpoint.every = "500 steps"
+  c.evaluations.clothing = config.evaluation("label")
+  return c

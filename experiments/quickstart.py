@@ -1,0 +1,38 @@
+"""I-JEPA on rendered scenes: from nothing to a report on a laptop.
+
+Command:   python -m jepa_jax.train --config experiments/quickstart.py \\
+             --workdir runs/quickstart
+Hardware:  2 CPU cores, 4 GiB; no network, no accelerator.
+"""
+
+import ml_collections
+
+from jepa_jax import config
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """No variants: the only one is "" for the whole run."""
+  config.choose("variant", variant, ("",))
+  c = config.defaults()
+  c.batch_size = 128
+  c.total = "930 steps"
+
+  c.data.source = "scenes"
+  c.data.name = "scenes"
+  c.data.num_examples = 8000  # rendered once, with 2,000 more to test on
+  c.data.image_size = 64  # pixels
+  c.masks.min_keep = 4  # patches, of a grid of 8 x 8
+
+  c.encoder.update(width=128, depth=6, num_heads=4, mlp_ratio=4.0)
+  c.encoder.patch_size = 8  # pixels
+  c.predictor.update(width=64, depth=4, num_heads=4)
+
+  c.optimizer.warmup = "125 steps"
+  c.compute.dtype = "float32"  # as fast as bfloat16 on a CPU
+  c.compute.scan = False  # unrolled is faster on a CPU
+
+  c.log_every = "10 steps"
+  c.checkpoint.every = "200 steps"
+  c.evaluations.count = config.evaluation("count")
+  c.evaluations.distance = config.evaluation("distance")
+  return c
