@@ -9,7 +9,7 @@ import dataclasses
 import struct
 from typing import Any
 
-from jepa_jax.objectives import masks
+from jepa_jax.objectives import words
 import numpy as np
 import tensorflow as tf
 
@@ -156,10 +156,10 @@ def random_crops(
   """
   turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
   height, width = _displayed(sizes, turns)
-  key = masks.stream_key(seed, masks.AUGMENT)
+  key = words.stream_key(seed, words.AUGMENT)
   for value in (epoch, index):
-    key = masks.fold(np, key, value.astype(np.uint32))
-  u = masks.words(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
+    key = words.fold(np, key, value.astype(np.uint32))
+  u = words.draw(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
   scale, ratio, top, left = np.split(u[:, :-1], 4, axis=1)
 
   low, high = config.crop_scale

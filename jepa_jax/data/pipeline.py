@@ -12,6 +12,7 @@ from jepa_jax.data import augment
 from jepa_jax.data import masks as tf_masks
 from jepa_jax.data import sources
 from jepa_jax.objectives import masks
+from jepa_jax.objectives import words
 import numpy as np
 import tensorflow as tf
 
@@ -79,9 +80,9 @@ def order(
   """
   epoch, value = np.divmod(np.asarray(positions, np.int64), num_examples)
   half = max(1, ((num_examples - 1).bit_length() + 1) // 2)
-  key = masks.stream_key(seed, masks.ORDER)
+  key = words.stream_key(seed, words.ORDER)
   keys = [
-      masks.fold(np, masks.fold(np, key, epoch.astype(np.uint32)), round_)
+      words.fold(np, words.fold(np, key, epoch.astype(np.uint32)), round_)
       for round_ in np.arange(_ROUNDS, dtype=np.uint32)[:, None]
   ]
   outside = np.ones(value.shape, bool)
@@ -89,7 +90,7 @@ def order(
     left = (value[outside] >> half).astype(np.uint32)
     right = (value[outside] & (2**half - 1)).astype(np.uint32)
     for key in keys:
-      mixed = masks.fold(np, key[outside], right) & np.uint32(2**half - 1)
+      mixed = words.fold(np, key[outside], right) & np.uint32(2**half - 1)
       left, right = right, left ^ mixed
     value[outside] = (left.astype(np.int64) << half) | right
     outside = value >= num_examples

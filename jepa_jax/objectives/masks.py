@@ -1,18 +1,16 @@
-"""Which patches are context and which are targets.
+"""Which patches are context and which are targets: every sampler of the paper.
 
-Every sampler is written once, as integer arithmetic on words of a counter-based
-hash, over an array namespace `xp`: NumPy, `jax.numpy`, or the TensorFlow one of
-`jepa_jax.data.masks`. The three give the same masks for the same seed, bit for
-bit, because no floating point number decides anything: block shapes come from a
-table made once in float64, corners from integer products.
+A sampler is written once, over an array namespace `xp`: NumPy, `jax.numpy`, or
+the TensorFlow one of `jepa_jax.data.masks`. The three give the same masks for
+the same seed, bit for bit (see `words` and `blocks`).
 
 An image's masks are a function of (seed, epoch, image). Only what the released
 code draws once a batch is a function of (seed, step) instead.
 
-Axes: B batch, S context masks, K context patches, M target blocks, T patches a
-block, H x W patches of the grid, N = H * W. Patches count in row-major order.
+Axes: B batch, S context masks, K context patches, M targets, T patches a
+target, H x W patches of the grid, N = H * W. Ids count in row-major order.
 
-Reference: Assran et al. 2023, section 3, arXiv:2301.08243.
+Reference: Assran et al. 2023, section 3 and table 6, arXiv:2301.08243.
 """
 
 import dataclasses
@@ -24,234 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.objectives import blocks
+from jepa_jax.objectives import words
+
 Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 
-# Streams of random words; no two uses of a seed may share one.
-ORDER, AUGMENT, MASK_IMAGE, MASK_BATCH = range(1, 5)
-
-_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: spreads consecutive integers
-_LEVELS = 2**16  # resolution of the uniform number that picks a block's shape
 _RELEASED_TRIES = 20  # failed draws until the released code drops a constraint
 _CORRECTED_ROUNDS = 4  # whole draws until `corrected` falls back
 _SIMULATED_BATCHES, _SIMULATED_BATCH_SIZE = 256, 128  # of the K rule
 
 
-# ---------------------------------------------------------------------------
-# Random words: a 32-bit mixer, the same bits in every namespace.
-
-
-def _mix(xp: Any, x: Array) -> Array:
-  """Bijective mixer of uint32 words (two rounds of xor-shift-multiply)."""
-  x = x ^ xp.right_shift(x, np.uint32(16))
-  x = x * np.uint32(0x7FEB352D)
-  x = x ^ xp.right_shift(x, np.uint32(15))
-  x = x * np.uint32(0x846CA68B)
-  return x ^ xp.right_shift(x, np.uint32(16))
-
-
-def fold(xp: Any, key: Array, value: Array) -> Array:
-  """Derives a key from a key and an integer, both uint32 of any shape."""
-  return _mix(xp, key ^ _mix(xp, value + np.uint32(_GOLDEN)))
-
-
-def stream_key(seed: int, stream: int) -> np.ndarray:
-  """Returns the uint32 [1] key of one use (`stream`) of a run's seed."""
-  seed = int(seed) % 2**64
-  key = np.asarray([seed % 2**32], np.uint32)
-  for value in (seed // 2**32, stream):
-    key = fold(np, key, np.asarray([value], np.uint32))
-  return key
-
-
-def words(xp: Any, key: Array, count: int) -> Array:
-  """Returns `count` random uint32 words a key: [...] -> [..., count]."""
-  steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN % 2**32
-  return _mix(xp, key[..., None] + _mix(np, steps.astype(np.uint32)))
-
-
-def _below(xp: Any, word: Array, bound: Array) -> Array:
-  """Uniform int32 in [0, bound); biased by less than bound / 2**16."""
-  high = xp.right_shift(word, np.uint32(16))
-  product = high * xp.astype(bound, np.uint32)
-  return xp.astype(xp.right_shift(product, np.uint32(16)), np.int32)
-
-
-# ---------------------------------------------------------------------------
-# What NumPy and JAX spell differently. TensorFlow's namespace has all of it.
-
-
-def _cond(xp: Any, predicate: Array, true: Callable, false: Callable) -> Any:
-  if xp is np:
-    return true() if predicate else false()
-  if xp is jnp:
-    return jax.lax.cond(predicate, true, false)
-  return xp.cond(predicate, true, false)
-
-
-def _first(xp: Any, valid: Array, k: int) -> Array:
-  """Indices of the first k true entries of the last axis, ascending; then 0."""
-  if xp is not np and xp is not jnp:
-    return xp.first(valid, k)
-  order = xp.argsort(~valid, axis=-1, stable=True)[..., :k]
-  count = xp.sum(valid, axis=-1, dtype=np.int32)[..., None]
-  return xp.where(np.arange(k) < count, order, 0).astype(np.int32)
-
-
-def _kth_largest(xp: Any, values: Array, k: int) -> Array:
-  """The k-th largest entry of the last axis: [..., N] -> [..., 1]."""
-  if xp is np:
-    return np.partition(values, values.shape[-1] - k, -1)[..., -k, None]
-  if xp is jnp:
-    return jax.lax.top_k(values, k)[0][..., -1:]
-  return xp.kth_largest(values, k)
-
-
-# ---------------------------------------------------------------------------
-# Shapes of blocks.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockShapes:
-  """The shapes that a block can have, and how a random word picks one.
-
-  Attributes:
-    table: int32 [2**16]; the shape's number for each value of 16 random bits.
-    heights, widths, areas: int32 [shapes], in patches.
-    offsets: int32 [shapes, T]; ids of a block's patches less its corner's id,
-      row-major, 0 past the block's area. T is the largest area.
-  """
-
-  table: np.ndarray
-  heights: np.ndarray
-  widths: np.ndarray
-  areas: np.ndarray
-  offsets: np.ndarray
-
-  def frequencies(self) -> dict[tuple[int, int], float]:
-    """Exact probability of every (height, width)."""
-    counts = np.bincount(self.table, minlength=len(self.areas)) / _LEVELS
-    shapes = zip(self.heights.tolist(), self.widths.tolist())
-    return dict(zip(shapes, counts.tolist()))
-
-
-@functools.lru_cache(maxsize=None)
-def block_shapes(
-    scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-    grid: tuple[int, int],
-    *,
-    released: bool,
-) -> BlockShapes:
-  """Enumerates the blocks of a scale and aspect ratio (height / width).
-
-  Args:
-    scale: smallest and largest share of the grid's area.
-    aspect_ratio: smallest and largest height / width.
-    grid: (H, W) in patches.
-    released: one uniform number drives scale and aspect ratio, and a block as
-      high or as wide as the grid loses a row or column. Otherwise the two are
-      independent (8 bits each) and blocks may fill the grid.
-  """
-  height, width = grid
-  level = np.arange(_LEVELS)
-  if released:
-    u_scale = u_aspect = (level + 0.5) / _LEVELS
-    limits = (height - 1, width - 1)
-  else:
-    u_scale, u_aspect = (level // 256 + 0.5) / 256, (level % 256 + 0.5) / 256
-    limits = grid
-  share = scale[0] + u_scale * (scale[1] - scale[0])
-  area = np.floor(height * width * share)
-  aspect = aspect_ratio[0] + u_aspect * (aspect_ratio[1] - aspect_ratio[0])
-  h = np.minimum(np.round(np.sqrt(area * aspect)), limits[0])
-  w = np.minimum(np.round(np.sqrt(area / aspect)), limits[1])
-  pairs = np.stack([h, w], -1).astype(np.int32)
-  shapes, table = np.unique(pairs, axis=0, return_inverse=True)
-  heights, widths = shapes.T
-  areas = heights * widths
-  patch = np.arange(max(areas.max(), 1), dtype=np.int32)
-  columns = np.maximum(widths, 1)[:, None]
-  offsets = patch // columns * width + patch % columns
-  offsets = np.where(patch < areas[:, None], offsets, 0).astype(np.int32)
-  return BlockShapes(
-      table.reshape(-1).astype(np.int32), heights, widths, areas, offsets
-  )
-
-
-# ---------------------------------------------------------------------------
-# Blocks on the grid.
-
-
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
-  """Blocks' shape numbers and corners, int32 arrays that broadcast together."""
-
-  shape: Array
-  top: Array
-  left: Array
-
-
-def _pick_shapes(xp: Any, word: Array, shapes: BlockShapes) -> Array:
-  bits = xp.astype(xp.right_shift(word, np.uint32(16)), np.int32)
-  return xp.take(shapes.table, bits, axis=0)
-
-
-def _place(
-    xp: Any, rows: Array, columns: Array, shape: Array, room: Array
-) -> _Blocks:
-  """Draws corners; `room` [shapes, 2] holds the number of legal rows, columns."""
-  return _Blocks(
-      shape,
-      _below(xp, rows, xp.take(room[:, 0], shape, axis=0)),
-      _below(xp, columns, xp.take(room[:, 1], shape, axis=0)),
-  )
-
-
-def _extents(
-    xp: Any, blocks: _Blocks, shapes: BlockShapes, grid: tuple[int, int]
-) -> tuple[Array, Array]:
-  """Rows [..., H] and columns [..., W] that a block covers, bool."""
-  extents = []
-  for start, sizes, length in (
-      (blocks.top, shapes.heights, grid[0]),
-      (blocks.left, shapes.widths, grid[1]),
-  ):
-    position = np.arange(length, dtype=np.int32)
-    start = start[..., None]
-    size = xp.take(sizes, blocks.shape, axis=0)[..., None]
-    extents.append((position >= start) & (position < start + size))
-  return extents[0], extents[1]
-
-
-def _uncovered(xp: Any, rows: Array, columns: Array) -> list[Array]:
-  """Patches outside the first 1, 2, ... M blocks: [B, M, *] -> M x [B, H, W]."""
-  outside, results = None, []
-  for m in range(rows.shape[1]):
-    block = ~(rows[:, m, :, None] & columns[:, m, None, :])
-    outside = block if outside is None else outside & block
-    results.append(outside)
-  return results
-
-
-def _block_ids(
-    xp: Any, blocks: _Blocks, shapes: BlockShapes, width: int
-) -> tuple[Array, Array]:
-  """Ids and validity of the blocks' patches, [B, M] -> [B, M, T]."""
-  slots = np.arange(shapes.offsets.shape[1], dtype=np.int32)
-  valid = slots < xp.take(shapes.areas, blocks.shape, axis=0)[..., None]
-  corner = (blocks.top * np.int32(width) + blocks.left)[..., None]
-  ids = corner + xp.take(shapes.offsets, blocks.shape, axis=0)
-  valid = xp.broadcast_to(valid, ids.shape)  # `released` has one shape a batch
-  return xp.where(valid, ids, np.int32(0)), valid
-
-
-# ---------------------------------------------------------------------------
-# Samplers. Each has a check of its settings and a draw.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-  """config.masks as a hashable value, with the grid."""
+class Settings:
+  """config.masks as a hashable value, with the grid; keys as in config.py."""
 
   name: str
   grid: tuple[int, int]
@@ -264,256 +47,389 @@ class _Settings:
   min_keep: int
   context_patches: int
 
-  def shapes(self, *, released: bool) -> tuple[BlockShapes, BlockShapes]:
+  @property
+  def keep(self) -> int:
+    """Fewest patches of a legal context, for all samplers but `released`."""
+    return max(self.min_keep, 1)
+
+  def shapes(self, *, released: bool) -> tuple[blocks.Shapes, blocks.Shapes]:
     """Shapes of the context (square) and of the targets."""
+    enumerate_shapes = functools.partial(
+        blocks.enumerate_shapes, grid=self.grid, released=released
+    )
     return (
-        block_shapes(
-            self.context_scale, (1.0, 1.0), self.grid, released=released
-        ),
-        block_shapes(
-            self.target_scale, self.aspect_ratio, self.grid, released=released
-        ),
+        enumerate_shapes(self.context_scale, (1.0, 1.0)),
+        enumerate_shapes(self.target_scale, self.aspect_ratio),
+    )
+
+  def no_mask(self, why: str, change: str) -> ValueError:
+    """The error of settings that allow no legal mask."""
+    return ValueError(
+        f'no legal mask of the "{self.name}" sampler on a {self.grid[0]}x'
+        f"{self.grid[1]} grid: {why}; {change}"
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draw:
-  """What a sampler returns, before the context is brought to K patches.
+class Draw:
+  """What a sampler draws, before it is brought to K and T patches.
 
   Attributes:
-    context: bool [B, S, N], the patches that a context may use.
-    target_ids, target_valid: [B, M, T].
+    context: bool [B, S, N], the patches that each context may use.
+    targets: (ids int32, valid bool), [B, M, T] each, where T is certain; or
+      bool [B, M, N], the patches of each target.
   """
 
   context: Array
-  target_ids: Array
-  target_valid: Array
+  targets: Any
 
 
-def _check_released(settings: _Settings) -> None:
-  context, target = settings.shapes(released=True)
-  for name, shapes in (("target", target), ("context", context)):
-    if shapes.areas.min() <= settings.min_keep:
-      raise ValueError(
-          f"no legal {name} block on a {_grid_name(settings)} grid: its"
-          f" smallest has {shapes.areas.min()} patches and the released"
-          f" sampler needs more than masks.min_keep={settings.min_keep} (the"
-          " released code would never end); lower masks.min_keep to"
-          f" {max(shapes.areas.min() - 1, 0)} or raise masks.{name}_scale"
+# ---------------------------------------------------------------------------
+# released
+
+
+def _check_released(settings: Settings) -> None:
+  for name, shapes in zip(("context", "target"), settings.shapes(released=True)):
+    least = shapes.areas.min()
+    if least <= settings.min_keep:
+      raise settings.no_mask(
+          f"its smallest {name} block has {least} patches and it needs more"
+          f" than masks.min_keep={settings.min_keep} (the released code would"
+          " never end)",
+          f"set masks.min_keep below {least} or raise masks.{name}_scale"
+          if least
+          else f"raise masks.{name}_scale or use smaller patches",
       )
 
 
 def _draw_released(
-    settings: _Settings, xp: Any, batch_key: Array, image_key: Array
-) -> _Draw:
-  """The released collator, draw for draw in distribution.
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
+  """The released collator, equal in distribution.
 
-  Shapes are drawn once a batch; a corner is uniform in [0, H - h), so the last
-  row and column are never reached; a context that keeps no more than min_keep
-  patches is drawn again, and after every 20 failures one target more (the last
-  first) may leak into it.
+  Block shapes are drawn once a batch. A context that keeps no more than
+  min_keep patches is drawn again; after every 20 failures one target more, the
+  last first, may leak into it.
   """
   m, s = settings.num_targets, settings.num_contexts
-  height, width = settings.grid
   context, target = settings.shapes(released=True)
-  batch = words(xp, batch_key, 2)  # [1, 2]
-  room = [
-      settings.grid - np.stack([x.heights, x.widths], -1)
-      for x in (context, target)
-  ]
-  random = words(xp, image_key, 2 * (m + s))
-  targets = _place(
+  batch = words.draw(xp, batch_key, 2)  # [1, 2]
+  random = words.draw(xp, image_key, 2 * (m + s))
+  rows, columns = random[:, : m + s], random[:, m + s :]
+  targets = blocks.place(
       xp,
-      random[:, :m],
-      random[:, m : 2 * m],
-      _pick_shapes(xp, batch[:, :1], target),
-      room[1],
+      target,
+      blocks.pick_shapes(xp, batch[:, :1], target),
+      rows[:, :m],
+      columns[:, :m],
   )
-  rows, columns = _extents(xp, targets, target, settings.grid)
-  outside = _uncovered(xp, rows, columns)
-  shape = _pick_shapes(xp, batch[:, 1:], context)
-  contexts = _place(
-      xp, random[:, 2 * m : 2 * m + s], random[:, 2 * m + s :], shape, room[0]
+  contexts = blocks.place(
+      xp,
+      context,
+      blocks.pick_shapes(xp, batch[:, 1:], context),
+      rows[:, m:],
+      columns[:, m:],
   )
-
-  def mask(blocks):
-    rows, columns = _extents(xp, blocks, context, settings.grid)
-    whole = rows[..., :, None] & columns[..., None, :]
-    return whole if settings.allow_overlap else whole & outside[-1][:, None]
-
-  def redraw():
-    return _redraw_released(
-        settings, xp, image_key, shape, room[0], context, outside, failed,
-        allowed,
-    )
-
-  allowed = mask(contexts)
+  allowed = blocks.cover(xp, contexts)
   if not settings.allow_overlap:
+    outside = blocks.uncovered(xp, targets)
+    allowed = allowed & outside[-1][:, None]
     failed = xp.sum(allowed, axis=(2, 3), dtype=np.int32) <= settings.min_keep
+
+    def redraw():
+      again = _redraw_released(settings, xp, image_key, contexts, outside)
+      return xp.where(failed[..., None, None], again, allowed)
+
     allowed = _cond(xp, xp.any(failed), redraw, lambda: allowed)
-  ids, valid = _block_ids(xp, targets, target, width)
-  return _Draw(xp.reshape(allowed, (-1, s, height * width)), ids, valid)
+  context = xp.reshape(allowed, (-1, s, math.prod(settings.grid)))
+  return Draw(context, blocks.patch_ids(xp, targets))
 
 
 def _redraw_released(
-    settings: _Settings,
+    settings: Settings,
     xp: Any,
     image_key: Array,
-    shape: Array,
-    room: np.ndarray,
-    context: BlockShapes,
+    contexts: blocks.Blocks,
     outside: list[Array],
-    failed: Array,
-    allowed: Array,
 ) -> Array:
-  """Contexts [B, S, H, W] after the released code's repeated attempts."""
+  """Contexts [B, S, H, W] after a first attempt that failed.
+
+  All attempts that the released code could make are laid side by side:
+  20 M in all, the last one free of constraints.
+  """
   m, s = settings.num_targets, settings.num_contexts
-  tries = _RELEASED_TRIES * m  # the next attempt has no constraint left
-  random = words(xp, fold(xp, image_key, np.uint32([1])), 2 * s * (tries + 1))
-  random = xp.reshape(random, (-1, 2, s, tries + 1))
-  blocks = _place(xp, random[:, 0], random[:, 1], shape[..., None], room)
-  rows, columns = _extents(xp, blocks, context, settings.grid)
-  counts = []  # patches kept by each attempt, [B, S, 20] a constraint dropped
-  for dropped in range(m):
-    span = slice(dropped * _RELEASED_TRIES, (dropped + 1) * _RELEASED_TRIES)
-    free = xp.astype(outside[m - 1 - dropped], np.float32)[:, None]
-    in_row = xp.matmul(xp.astype(rows[:, :, span], np.float32), free)
-    counts.append(
-        xp.sum(in_row * xp.astype(columns[:, :, span], np.float32), axis=-1)
-    )
-  legal = xp.concatenate(counts, axis=-1) > settings.min_keep
-  # The first attempt was made by the caller and failed: attempts count from 1.
-  attempt = np.arange(1, tries + 1, dtype=np.int32)
-  index = xp.min(xp.where(legal, attempt - 1, np.int32(tries)), axis=-1)
-  chosen = index[..., None] == np.arange(tries + 1, dtype=np.int32)
-  row = xp.any(rows & chosen[..., None], axis=2)
-  column = xp.any(columns & chosen[..., None], axis=2)
+  tries = _RELEASED_TRIES * m
+  key = words.fold(xp, image_key, np.asarray([1], np.uint32))
+  random = xp.reshape(words.draw(xp, key, 2 * s * tries), (-1, 2, s, tries))
+  shape = contexts.shape[..., None]
+  again = blocks.place(
+      xp, contexts.shapes, shape, random[:, 0], random[:, 1]
+  )
+  rows, columns = blocks.extents(xp, again)  # [B, S, tries, H or W]
+  # Attempt 0 was the caller's: attempt i, at index i - 1, ignores the last
+  # i // 20 targets.
+  number = np.arange(1, tries + 1, dtype=np.int32)
+  dropped = number // _RELEASED_TRIES
+  legal = []
+  for d in range(m):
+    span = slice(*np.searchsorted(dropped, [d, d + 1]))
+    free = xp.astype(outside[m - 1 - d], np.float32)[:, None]
+    kept = xp.matmul(xp.astype(rows[:, :, span], np.float32), free)
+    kept = kept * xp.astype(columns[:, :, span], np.float32)
+    legal.append(xp.sum(kept, axis=-1) > settings.min_keep)
+  legal = xp.concatenate(legal, axis=-1)  # [B, S, tries - 1]
+  index = np.arange(tries, dtype=np.int32)
+  first = xp.min(xp.where(legal, index[:-1], index[-1]), axis=-1)[..., None]
+  chosen = (first == index)[..., None]
+  row, column = xp.any(rows & chosen, axis=2), xp.any(columns & chosen, axis=2)
   block = row[..., :, None] & column[..., None, :]
-  dropped = xp.astype(index, np.int32)[..., None, None]
-  for m_kept in range(m, 0, -1):
-    limit = (m - m_kept + 1) * _RELEASED_TRIES
-    block = block & (outside[m_kept - 1][:, None] | (dropped >= limit))
-  return xp.where(failed[..., None, None], block, allowed)
+  for m_kept in range(1, m + 1):  # constraints of the first m_kept targets
+    leak = first + 1 >= (m - m_kept + 1) * _RELEASED_TRIES
+    block = block & (outside[m_kept - 1][:, None] | leak[..., None])
+  return block
 
 
-def _check_corrected(settings: _Settings) -> None:
+# ---------------------------------------------------------------------------
+# corrected, and what derives from it
+
+
+def _check_corrected(settings: Settings) -> None:
   context, target = settings.shapes(released=False)
-  patches, keep = math.prod(settings.grid), max(settings.min_keep, 1)
   if target.areas.min() < 1:
-    raise ValueError(
-        f"masks.target_scale {settings.target_scale} gives blocks of 0 patches"
-        f" on a {_grid_name(settings)} grid; needs at least {1 / patches:.3f}:"
-        " raise it or use smaller patches"
+    raise settings.no_mask(
+        f"masks.target_scale {settings.target_scale} gives blocks of 0 patches",
+        "raise it or use smaller patches",
     )
   if settings.allow_overlap:
-    most, why = context.areas.min(), "its smallest context block"
+    most, why = context.areas.min(), "the smallest context block has"
   else:
-    most = patches - target.areas.max()
-    why = f"the largest target ({target.areas.max()} patches)"
-  if most < keep:
-    raise ValueError(
-        f"no legal mask on a {_grid_name(settings)} grid: {why} leaves {most}"
-        f" context patches and masks.min_keep needs {keep}; lower"
-        " masks.min_keep or masks.target_scale, or use smaller patches"
+    most = math.prod(settings.grid) - target.areas.max()
+    why = f"a target of {target.areas.max()} patches leaves"
+  if most < settings.keep:
+    raise settings.no_mask(
+        f"{why} {most} and a context needs {settings.keep}",
+        "lower masks.min_keep or masks.target_scale, or use smaller patches",
     )
 
 
 def _draw_corrected(
-    settings: _Settings, xp: Any, batch_key: Array, image_key: Array
-) -> _Draw:
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
   """Multi-block masks as the paper describes them.
 
   Every block of every image draws its own scale, aspect ratio and corner, all
-  independent; corners are uniform over every place where the block fits, last
-  row and column included. A draw whose context keeps fewer than min_keep
-  patches is repeated as a whole, at most four times in all; then all targets
-  take the first one's place and the context is everything else, which
-  `_check_corrected` has shown to be enough. No target ever leaks.
+  independent; a corner is uniform over every place where the block fits, last
+  row and column included. No target ever leaks into a context.
 
-  Differs: the released code draws one shape a batch; see `released`.
+  Differs: the released code draws one shape a batch; see `_draw_released`.
   """
   del batch_key
-  m, s = settings.num_targets, settings.num_contexts
-  height, width = settings.grid
-  context, target = settings.shapes(released=False)
-  rooms = [
-      settings.grid - np.stack([x.heights, x.widths], -1) + 1
-      for x in (context, target)
-  ]
+  context, targets = _multi_block(settings, xp, image_key)
+  return Draw(context, blocks.patch_ids(xp, targets))
 
-  def attempt(number):
-    key = fold(xp, image_key, np.uint32([number]))
-    random = words(xp, key, 3 * (m + s))
-    blocks = []
-    for shapes, room, span in (
-        (target, rooms[1], random[:, : 3 * m]),
-        (context, rooms[0], random[:, 3 * m :]),
-    ):
-      n = span.shape[1] // 3
-      shape = _pick_shapes(xp, span[:, :n], shapes)
-      blocks.append(
-          _place(xp, span[:, n : 2 * n], span[:, 2 * n :], shape, room)
-      )
-    outside = _uncovered(xp, *_extents(xp, blocks[0], target, settings.grid))
-    rows, columns = _extents(xp, blocks[1], context, settings.grid)
-    allowed = rows[..., :, None] & columns[..., None, :]
-    if not settings.allow_overlap:
-      allowed = allowed & outside[-1][:, None]
-    count = xp.sum(allowed, axis=(2, 3), dtype=np.int32)
-    legal = xp.all(count >= max(settings.min_keep, 1), axis=1)
-    place = blocks[0]
-    return (place.shape, place.top, place.left, allowed), legal
 
-  def choose(keep, first, second):
-    """first where keep [B], else second, for tuples of arrays [B, ...]."""
-    return tuple(
-        xp.where(xp.reshape(keep, (-1,) + (1,) * (len(a.shape) - 1)), a, b)
-        for a, b in zip(first, second)
-    )
+def _multi_block(
+    settings: Settings, xp: Any, image_key: Array
+) -> tuple[Array, blocks.Blocks]:
+  """Contexts, bool [B, S, N], and targets [B, M] of `corrected`.
+
+  A draw that leaves a context fewer than min_keep patches is repeated as a
+  whole, at most four times in all; then all targets take the first one's place
+  and the context is everything else, which `_check_corrected` has shown to be
+  enough.
+  """
+  _, target = settings.shapes(released=False)
+  first, legal = _attempt_corrected(settings, xp, image_key, 0)
+
+  def choose(keep, new, old):
+    column = lambda x: xp.reshape(keep, (-1,) + (1,) * (len(x.shape) - 1))
+    return tuple(xp.where(column(a), a, b) for a, b in zip(new, old))
 
   def repeat():
     result, done = first, legal
     for number in range(1, _CORRECTED_ROUNDS):
-      other, other_legal = attempt(number)
-      result = choose(done, result, other)
-      done = done | other_legal
-    copies = tuple(xp.broadcast_to(x[:, :1], x.shape) for x in result[:3])
-    rows, columns = _extents(xp, _Blocks(*copies), target, settings.grid)
-    free = _uncovered(xp, rows, columns)[0][:, None]
+      again, again_legal = _attempt_corrected(settings, xp, image_key, number)
+      result = choose(done, result, again)
+      done = done | again_legal
+    copies = [xp.broadcast_to(x[:, :1], x.shape) for x in result[:3]]
+    free = blocks.uncovered(xp, blocks.Blocks(target, *copies))[0][:, None]
     free = xp.broadcast_to(free, result[3].shape)
-    return choose(done, result, copies + (free,))
+    return choose(done, result, (*copies, free))
 
-  first, legal = attempt(0)
-  everything_legal = xp.all(legal)
-  *place, allowed = _cond(xp, everything_legal, lambda: first, repeat)
-  ids, valid = _block_ids(xp, _Blocks(*place), target, width)
-  return _Draw(xp.reshape(allowed, (-1, s, height * width)), ids, valid)
+  *placed, allowed = _cond(xp, xp.all(legal), lambda: first, repeat)
+  shape = (-1, settings.num_contexts, math.prod(settings.grid))
+  return xp.reshape(allowed, shape), blocks.Blocks(target, *placed)
+
+
+def _attempt_corrected(
+    settings: Settings, xp: Any, image_key: Array, number: int
+) -> tuple[tuple[Array, ...], Array]:
+  """One draw: (targets' shape, top, left [B, M], contexts [B, S, H, W]), legal."""
+  key = words.fold(xp, image_key, np.asarray([number], np.uint32))
+  random = words.draw(
+      xp, key, 3 * (settings.num_contexts + settings.num_targets)
+  )
+  context, target = settings.shapes(released=False)
+  split = 3 * settings.num_targets
+  placed = []
+  for shapes, span in ((target, random[:, :split]), (context, random[:, split:])):
+    n = span.shape[1] // 3
+    shape = blocks.pick_shapes(xp, span[:, :n], shapes)
+    placed.append(
+        blocks.place(xp, shapes, shape, span[:, n : 2 * n], span[:, 2 * n :])
+    )
+  targets, contexts = placed
+  allowed = blocks.cover(xp, contexts)
+  if not settings.allow_overlap:
+    allowed = allowed & blocks.uncovered(xp, targets)[-1][:, None]
+  count = xp.sum(allowed, axis=(2, 3), dtype=np.int32)
+  legal = xp.all(count >= settings.keep, axis=1)
+  return (targets.shape, targets.top, targets.left, allowed), legal
+
+
+def _draw_block(
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
+  """Blocks as targets (the paper: one, of scale .6); context: all the rest."""
+  settings = dataclasses.replace(settings, context_scale=(1.0, 1.0))
+  return _draw_corrected(settings, xp, batch_key, image_key)
+
+
+def _draw_union(
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
+  """As `corrected`, with the union of all blocks as the one target."""
+  del batch_key
+  context, targets = _multi_block(settings, xp, image_key)
+  union = ~blocks.uncovered(xp, targets)[-1]
+  return Draw(context, xp.reshape(union, (-1, 1, math.prod(settings.grid))))
+
+
+# ---------------------------------------------------------------------------
+# random and rasterized
+
+
+def _random_sizes(settings: Settings) -> np.ndarray:
+  """Patches of a random target for each value of 16 random bits, int32."""
+  low, high = settings.target_scale
+  share = low + (np.arange(2**16) + 0.5) / 2**16 * (high - low)
+  return np.round(math.prod(settings.grid) * share).astype(np.int32)
+
+
+def _check_random(settings: Settings) -> None:
+  sizes = _random_sizes(settings)
+  if sizes.min() < 1:
+    raise settings.no_mask(
+        f"masks.target_scale {settings.target_scale} gives targets of 0"
+        " patches",
+        "raise it or use smaller patches",
+    )
+  rest = math.prod(settings.grid) - settings.num_targets * sizes.max()
+  if rest < settings.keep:
+    raise settings.no_mask(
+        f"{settings.num_targets} disjoint targets of up to {sizes.max()}"
+        f" patches leave {rest} and a context needs {settings.keep}",
+        "lower masks.num_targets, masks.target_scale or masks.min_keep",
+    )
+
+
+def _draw_random(
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
+  """Disjoint random sets of patches as targets; context: all the rest.
+
+  A target has a share of the grid uniform in target_scale (the paper: one
+  target of .6). Several contexts are the same set, cut to K apart.
+  """
+  del batch_key
+  m, n = settings.num_targets, math.prod(settings.grid)
+  sizes = _random_sizes(settings)
+  random = words.draw(xp, image_key, n + m)
+  bits = xp.astype(xp.right_shift(random[:, n:], np.uint32(16)), np.int32)
+  # In the order of their random ranks, targets start at every max-th patch.
+  start = np.arange(m, dtype=np.int32) * sizes.max()
+  last = start + xp.take(sizes, bits, axis=0) - 1  # [B, M]
+  rank = _ranks(xp, random[:, :n])
+  ordered = xp.sort(rank, axis=1)
+  low = xp.take(ordered, start, axis=1)[..., None]
+  high = xp.take_along_axis(ordered, last, axis=1)[..., None]
+  targets = (rank[:, None] >= low) & (rank[:, None] <= high)  # [B, M, N]
+  context = ~xp.any(targets, axis=1)[:, None]
+  shape = (context.shape[0], settings.num_contexts, n)
+  return Draw(xp.broadcast_to(context, shape), targets)
+
+
+def _quadrants(settings: Settings) -> np.ndarray:
+  """The four quarters of the grid, bool [4, N]."""
+  rows, columns = (np.arange(x) >= x // 2 for x in settings.grid)
+  number = 2 * rows[:, None] + columns
+  return number.reshape(-1) == np.arange(4)[:, None]
+
+
+def _check_rasterized(settings: Settings) -> None:
+  for key, needed in (("num_contexts", 1), ("num_targets", 3)):
+    if getattr(settings, key) != needed:
+      raise ValueError(
+          f"masks.{key} is {getattr(settings, key)}; the rasterized sampler"
+          f" predicts three quadrants from one: set it to {needed}"
+      )
+  least = _quadrants(settings).sum(1).min()
+  if least < settings.keep:
+    raise settings.no_mask(
+        f"its smallest quadrant has {least} patches and a context needs"
+        f" {settings.keep}",
+        "lower masks.min_keep or use smaller patches",
+    )
+
+
+def _draw_rasterized(
+    settings: Settings, xp: Any, batch_key: Array, image_key: Array
+) -> Draw:
+  """One quadrant of the image as context, the other three as targets."""
+  del batch_key
+  chosen = words.below(xp, words.draw(xp, image_key, 1), np.asarray([4]))
+  number = (chosen + np.arange(4, dtype=np.int32)) & 3  # [B, 4]
+  quadrants = xp.take(_quadrants(settings), number, axis=0)
+  return Draw(quadrants[:, :1], quadrants[:, 1:])
+
+
+# ---------------------------------------------------------------------------
+# The table of samplers
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampler:
+class Sampler:
   """One row of the table of samplers.
 
   Attributes:
     check: raises ValueError where the settings allow no legal mask.
-    draw: (settings, xp, batch key, image keys) -> _Draw.
+    draw: (settings, xp, batch key [1], image keys [B]) -> Draw.
     surplus: how a context of more than K patches is cut: "first" keeps the
       first in row-major order, "random" a random subset.
+    target_quantile: T is this quantile of the targets' sizes; a larger target
+      is cut to a random subset.
   """
 
-  check: Callable[[_Settings], None]
-  draw: Callable[[_Settings, Any, Array, Array], _Draw]
-  surplus: str
+  check: Callable[[Settings], None]
+  draw: Callable[[Settings, Any, Array, Array], Draw]
+  surplus: str = "random"
+  target_quantile: float = 1.0
 
 
-SAMPLERS: Mapping[str, _Sampler] = {
-    "released": _Sampler(_check_released, _draw_released, "first"),
-    "corrected": _Sampler(_check_corrected, _draw_corrected, "random"),
+SAMPLERS: Mapping[str, Sampler] = {
+    "released": Sampler(_check_released, _draw_released, surplus="first"),
+    "corrected": Sampler(_check_corrected, _draw_corrected),
+    "block": Sampler(_check_corrected, _draw_block),
+    "random": Sampler(_check_random, _draw_random),
+    "rasterized": Sampler(_check_rasterized, _draw_rasterized),
+    # Four overlapping blocks rarely are as large as they could be: room for
+    # the largest union would be 40 % padding.
+    "union": Sampler(_check_corrected, _draw_union, target_quantile=0.95),
 }
 
 
 # ---------------------------------------------------------------------------
-# The public functions.
+# The public functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,15 +459,17 @@ def mask_shapes(config: Any, grid: tuple[int, int]) -> MaskShapes:
   K rule, where `context_patches` is 0: the mean, over simulated batches of 128
   images, of the batch's smallest context. That is what the released code, which
   cuts every context to the batch's smallest, trains on with 128 images a
-  device; few images have fewer, and they are padded. T is the largest area
-  that a target can have, so no target is ever cut.
+  device; few images have fewer patches, and they are padded.
+
+  T rule: the largest target that there is, so no target is cut (but for
+  `union`, see SAMPLERS).
 
   Args:
     config: config.masks.
     grid: (H, W) in patches.
 
   Returns:
-    The sizes. Depends on nothing but the arguments.
+    The sizes. A function of the arguments alone.
 
   Raises:
     ValueError: unknown sampler, settings out of range, or no legal mask.
@@ -571,21 +489,22 @@ def sample(
 ) -> dict[str, Array]:
   """Draws the masks of a batch.
 
-  Works inside `jax.jit`; give `seed`, `config` and `grid` statically.
+  Works inside `jax.jit`, where config, grid and seed must be static.
 
   Args:
     config: config.masks.
     grid: (H, W) in patches.
     seed: the run's seed.
-    step: scalar integer; decides what the sampler draws once a batch.
+    step: scalar integer, decides what the sampler draws once a batch; or [B],
+      as if every image were a batch of its own.
     epoch: [B] or scalar integer, the epoch of each image.
     index: [B] integer, the number of each image in its source.
     xp: array namespace: `jax.numpy`, `numpy` or that of `data.masks`.
 
   Returns:
-    context_ids int32 [B, S, K] ascending, padded with 0 at the end;
-    context_valid bool [B, S, K]; target_ids int32 [B, M, T], row-major;
-    target_valid bool [B, M, T].
+    context_ids int32 [B, S, K] ascending, 0 where not valid;
+    context_valid bool [B, S, K]; target_ids int32 [B, M, T] ascending, 0 where
+    not valid; target_valid bool [B, M, T]. Valid ones come first.
 
   Raises:
     ValueError: as `mask_shapes`.
@@ -593,58 +512,98 @@ def sample(
   settings = _settings(config, grid)
   shapes = _mask_shapes(settings)
   draw, image_key = _draw(settings, seed, step, epoch, index, xp)
-  context = draw.context
-  if SAMPLERS[settings.name].surplus == "random":
-    context = _random_subset(xp, context, shapes.context_patches, image_key)
-  k = shapes.context_patches
-  count = xp.sum(context, axis=-1, dtype=np.int32)[..., None]
+  k, surplus = shapes.context_patches, SAMPLERS[settings.name].surplus
+  context_ids, context_valid = _bring_to(
+      xp, draw.context, k, surplus, image_key, 0
+  )
+  targets = draw.targets
+  if not isinstance(targets, tuple):
+    t = shapes.target_patches
+    cut = SAMPLERS[settings.name].target_quantile < 1
+    surplus = "random" if cut else "first"
+    targets = _bring_to(xp, targets, t, surplus, image_key, 1)
   return {
-      "context_ids": _first(xp, context, k),
-      "context_valid": np.arange(k, dtype=np.int32) < count,
-      "target_ids": draw.target_ids,
-      "target_valid": draw.target_valid,
+      "context_ids": context_ids,
+      "context_valid": context_valid,
+      "target_ids": targets[0],
+      "target_valid": targets[1],
   }
 
 
 def _draw(
-    settings: _Settings,
+    settings: Settings,
     seed: int,
     step: Array,
     epoch: Array,
     index: Array,
     xp: Any,
-) -> tuple[_Draw, Array]:
+) -> tuple[Draw, Array]:
   index = xp.astype(xp.asarray(index), np.uint32)
   epoch = xp.astype(xp.asarray(epoch), np.uint32)
-  step = xp.reshape(xp.astype(xp.asarray(step), np.uint32), (1,))
-  batch_key = fold(xp, stream_key(seed, MASK_BATCH), step)
-  image_key = fold(xp, stream_key(seed, MASK_IMAGE), epoch)
-  image_key = fold(xp, image_key, index)
+  step = xp.reshape(xp.astype(xp.asarray(step), np.uint32), (-1,))
+  batch_key = words.fold(xp, words.stream_key(seed, words.MASK_BATCH), step)
+  image_key = words.fold(xp, words.stream_key(seed, words.MASK_IMAGE), epoch)
+  image_key = words.fold(xp, image_key, index)
   draw = SAMPLERS[settings.name].draw(settings, xp, batch_key, image_key)
   return draw, image_key
 
 
-def _random_subset(xp: Any, valid: Array, k: int, key: Array) -> Array:
-  """Keeps k of the true entries of [B, S, N], each subset equally likely."""
-  s, n = valid.shape[1], valid.shape[2]
-  id_bits = np.uint32(max(n - 1, 1)).item().bit_length()
-  random = words(xp, fold(xp, key, np.uint32([2**16])), s * n)
-  # A random number with the patch's id below it: no ties, fits int32 >= 0.
-  random = xp.right_shift(random, np.uint32(1 + id_bits))
-  rank = xp.reshape(random * np.uint32(2**id_bits), (-1, s, n))
-  rank = xp.astype(rank, np.int32) + np.arange(n, dtype=np.int32)
-  rank = xp.where(valid, rank, np.int32(-1))
-  return valid & (rank >= _kth_largest(xp, rank, k))
+def _bring_to(
+    xp: Any, member: Array, size: int, surplus: str, key: Array, use: int
+) -> tuple[Array, Array]:
+  """Ids and validity of sets: bool [B, *, N] -> ([B, *, size], same)."""
+  sets, n = member.shape[1], member.shape[2]
+  count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
+  if surplus == "random" and size < n:
+    key = words.fold(xp, key, np.asarray([2**16 + use], np.uint32))
+    random = xp.reshape(words.draw(xp, key, sets * n), (-1, sets, n))
+    rank = xp.where(member, _ranks(xp, random), np.int32(-1))
+    member = member & (rank >= _kth_largest(xp, rank, size))
+  valid = np.arange(size, dtype=np.int32) < count
+  return _first(xp, member, size), valid
 
 
-def _grid_name(settings: _Settings) -> str:
-  return f"{settings.grid[0]}x{settings.grid[1]}"
+def _ranks(xp: Any, random: Array) -> Array:
+  """Distinct random int32 >= 0 from words [..., N]; the low bits are the id."""
+  n = random.shape[-1]
+  id_bits = max(n - 1, 1).bit_length()
+  high = xp.right_shift(random, np.uint32(id_bits + 1))
+  rank = xp.astype(high * np.uint32(2**id_bits), np.int32)
+  return rank + np.arange(n, dtype=np.int32)
 
 
-def _settings(config: Any, grid: tuple[int, int]) -> _Settings:
+@functools.lru_cache(maxsize=None)
+def _mask_shapes(settings: Settings) -> MaskShapes:
+  sampler = SAMPLERS[settings.name]
+  sampler.check(settings)
+  contexts, targets = [], []
+  for step in range(_SIMULATED_BATCHES):
+    index = np.arange(_SIMULATED_BATCH_SIZE)
+    draw, _ = _draw(settings, 0, step, np.full(index.shape, step), index, np)
+    contexts.append(draw.context.sum(-1))
+    known = isinstance(draw.targets, tuple)
+    targets.append((draw.targets[1] if known else draw.targets).sum(-1))
+  contexts, targets = np.stack(contexts), np.stack(targets)  # [batches, B, *]
+  k = settings.context_patches or round(float(contexts.min((1, 2)).mean()))
+  if known:
+    t = draw.targets[0].shape[-1]
+  else:
+    quantile = sampler.target_quantile
+    t = int(np.quantile(targets, quantile, method="higher"))
+  return MaskShapes(
+      num_contexts=settings.num_contexts,
+      context_patches=k,
+      num_targets=targets.shape[-1],
+      target_patches=t,
+      context_padding=float(1 - np.minimum(contexts, k).mean() / k),
+      target_padding=float(1 - np.minimum(targets, t).mean() / t),
+  )
+
+
+def _settings(config: Any, grid: tuple[int, int]) -> Settings:
   """Checks the ranges of config.masks and makes it hashable."""
   pair = lambda key: tuple(float(x) for x in config[key])
-  settings = _Settings(
+  settings = Settings(
       name=config["name"],
       grid=(int(grid[0]), int(grid[1])),
       num_contexts=int(config["num_contexts"]),
@@ -674,35 +633,44 @@ def _settings(config: Any, grid: tuple[int, int]) -> _Settings:
       )
   patches = math.prod(settings.grid)
   for key, low, high in (
-      ("num_contexts", 1, math.inf),
-      ("num_targets", 1, math.inf),
+      ("num_contexts", 1, 64),
+      ("num_targets", 1, 64),
       ("min_keep", 0, patches),
       ("context_patches", 0, patches),
   ):
     if not low <= getattr(settings, key) <= high:
       raise ValueError(
-          f"masks.{key} is {getattr(settings, key)}; on a"
-          f" {_grid_name(settings)} grid it must be in [{low}, {high}]"
+          f"masks.{key} is {getattr(settings, key)}; on a {settings.grid[0]}x"
+          f"{settings.grid[1]} grid it must be from {low} to {high}"
       )
   return settings
 
 
-@functools.lru_cache(maxsize=None)
-def _mask_shapes(settings: _Settings) -> MaskShapes:
-  SAMPLERS[settings.name].check(settings)
-  sizes, target_valid = [], []
-  for step in range(_SIMULATED_BATCHES):
-    index = np.arange(_SIMULATED_BATCH_SIZE)
-    draw, _ = _draw(settings, 0, step, np.full(index.shape, step), index, np)
-    sizes.append(draw.context.sum(-1))
-    target_valid.append(draw.target_valid.mean())
-  sizes = np.stack(sizes)  # [batches, B, S]
-  k = settings.context_patches or round(float(sizes.min((1, 2)).mean()))
-  return MaskShapes(
-      num_contexts=settings.num_contexts,
-      context_patches=k,
-      num_targets=draw.target_ids.shape[1],
-      target_patches=draw.target_ids.shape[2],
-      context_padding=float(1 - np.minimum(sizes, k).mean() / k),
-      target_padding=float(1 - np.mean(target_valid)),
-  )
+# ---------------------------------------------------------------------------
+# What NumPy and JAX spell differently. TensorFlow's namespace has all of it.
+
+
+def _cond(xp: Any, predicate: Array, true: Callable, false: Callable) -> Any:
+  if xp is np:
+    return true() if predicate else false()
+  if xp is jnp:
+    return jax.lax.cond(predicate, true, false)
+  return xp.cond(predicate, true, false)
+
+
+def _first(xp: Any, member: Array, k: int) -> Array:
+  """Indices of the first k true entries of the last axis, int32; then 0."""
+  if xp is not np and xp is not jnp:
+    return xp.first(member, k)
+  order = xp.argsort(~member, axis=-1, stable=True)[..., :k]
+  count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
+  return xp.astype(xp.where(np.arange(k) < count, order, 0), np.int32)
+
+
+def _kth_largest(xp: Any, values: Array, k: int) -> Array:
+  """The k-th largest entry of the last axis: int32 [..., N] -> [..., 1]."""
+  if xp is np:
+    return np.partition(values, values.shape[-1] - k, -1)[..., -k, None]
+  if xp is jnp:
+    return jax.lax.top_k(values, k)[0][..., -1:]
+  return xp.kth_largest(values, k)
