@@ -116,7 +116,9 @@ circle { fill: var(--c); }
   .probes :is(small, thead th:nth-child(-n+2), :nth-child(8)) { display: none; }
 }
 @media print {
-  body { padding: 0; max-width: none; font-size: 12px; }
+  html { font-size: 12px; }
+  body { padding: 0; max-width: none; font-size: 1rem; }
+  .wide { overflow: visible; }
   * { print-color-adjust: exact; }
   .chart, .strip, tr, header { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
