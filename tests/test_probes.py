@@ -92,6 +92,15 @@ def test_strength_is_chosen_for_unseen_images():
   assert chosen["top1"] > weak["top1"] + 3
 
 
+def test_path_goes_past_strengths_that_do_worse():
+  train, test = blobs(400, 17, 5, 0.8, seed=1), blobs(300, 17, 5, 0.8, seed=2)
+  strengths = [1e4, 1e3, 1e-3]  # the first two let the bias alone decide
+  chosen = probes.linear_probe(train, test, strengths=strengths)
+  weak = probes.linear_probe(train, test, strengths=[1e-3])
+  assert chosen["strength"] == 1e-3
+  assert chosen["top1"] == pytest.approx(weak["top1"], abs=1)
+
+
 def test_constant_and_huge_features_do_no_harm():
   train, test = blobs(90, 5, 3, 0.2, seed=1), blobs(40, 5, 3, 0.2, seed=2)
   for examples in (train, test):

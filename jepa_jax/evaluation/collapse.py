@@ -17,8 +17,8 @@ from jax.scipy import special
 
 # An alarm means "look now", so these lie well outside of what healthy runs
 # show, and of what random ViTs show on 128 images of scenes and Fashion-MNIST:
-# standard deviation .05 to .08, effective rank 6 to 47, cosine .990 to .996 (all
-# images share their positions, hence the strict limit).
+# standard deviation .05 to .08, effective rank 6 to 47, cosine .990 to .996
+# (all images share their positions, hence the strict limit).
 THRESHOLDS = {
   "feature_std": 1e-3,  # at least; features of a final LayerNorm have scale 1
   "effective_rank": 2.0,  # at least; 1 is one single direction
