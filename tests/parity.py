@@ -10,6 +10,7 @@ exits with 1 if one is past its bound.
 
 import argparse
 import json
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -32,6 +33,15 @@ TABLES = {
     "encoder": convert.RELEASED_ENCODER,
     "target_encoder": convert.RELEASED_ENCODER,
     "predictor": convert.RELEASED_PREDICTOR,
+}
+
+
+SCALARS = ("loss", "lr", "weight_decay", "momentum")
+
+# XLA's optimizer takes far longer than the few steps that it would speed up.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
 }
 
 
@@ -80,55 +90,86 @@ def config_of(meta: dict[str, Any]) -> ml_collections.ConfigDict:
   return c
 
 
-def compare(path: str) -> list[Comparison]:
-  """Runs the steps of a file.
+def compute(
+    reference: dict[str, np.ndarray], *, optimize: bool = False
+) -> dict[str, np.ndarray]:
+  """Runs the steps of a file with this project's code.
 
   Args:
-    path: .npz with the keys that the reference's README lists.
+    reference: the file's arrays; inputs and settings alone are read.
+    optimize: compiles as for training, which takes longer.
 
   Returns:
-    Every quantity's error.
+    Name as in the file -> our value, of everything that came out.
 
   Raises:
     ValueError: parameters of other shapes than the settings give.
   """
-  with np.load(path) as archive:
-    reference = {key: archive[key] for key in archive.files}
   meta = json.loads(str(reference["meta_json"]))
   program = program_lib.build(
       config_of(meta),
       sharding.make_mesh(config_lib.defaults().mesh, jax.devices()[:1]),
   )
   state = _start(program, reference, meta)
-  results = _compare_forward(program, state, reference)
+  options = None if optimize else QUICK
+  ours = _forward(program, state, reference, options)
+  for name in SCALARS[1:]:
+    ours[name] = getattr(program.schedules, name)[: meta["steps"]]
+  losses = []
+  compiled = {}  # released masks change their sizes from step to step
   for step in range(meta["steps"]):
-    state, metrics, _ = program.step(state, _batch(reference, step))
-    results.append(
-        _scalar(f"loss of step {step}", metrics["loss"],
-                reference["loss"][step], 1e-5)
-    )
-    for name in ("lr", "weight_decay", "momentum"):
-      table = getattr(program.schedules, name)
-      results.append(
-          _scalar(f"{name} of step {step}", table[step],
-                  reference[name][step], 1e-7)
-      )
+    batch = _batch(reference, step)
+    sizes = tuple(x.shape for x in batch.values())
+    if sizes not in compiled:
+      compiled[sizes] = program.step.lower(state, batch).compile(options)
+    state, metrics, _ = compiled[sizes](state, batch)
+    losses.append(float(metrics["loss"]))
     if step == 0:
       # Adam's first moment after one step is (1 - b1) times the gradient.
       moment = optax.tree_utils.tree_get(state.opt_state, "mu")
       scale = 1.0 / (1.0 - meta["adam"]["b1"])
-      for name in ("encoder", "predictor"):
-        grads = jax.tree.map(lambda x: np.asarray(x) * scale, moment[name])
-        results += _compare_trees(
-            "step0/grad", name, grads, reference, meta, 1e-5
-        )
-  for name, params in (
-      ("encoder", state.params["encoder"]),
-      ("predictor", state.params["predictor"]),
-      ("target_encoder", state.target_params["encoder"]),
-  ):
-    results += _compare_trees("final", name, params, reference, meta, 2e-5)
+      grads = jax.tree.map(lambda x: np.asarray(x) * scale, moment)
+      ours |= _released(grads, "step0/grad", meta)
+  ours["loss"] = np.array(losses)
+  ends = {
+      **state.params, "target_encoder": state.target_params["encoder"]
+  }
+  return ours | _released(ends, "final", meta)
+
+
+def judge(
+    ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+) -> list[Comparison]:
+  """Holds every quantity of a file against ours.
+
+  Raises:
+    ValueError: one side has a quantity that the other lacks.
+  """
+  given = re.compile("init/|meta_json|.*(pos_embed|masks_.*|images_nchw)$")
+  theirs = {key for key in reference if not given.match(key)}
+  if theirs != set(ours):
+    raise ValueError(
+        f"not on both sides: {', '.join(sorted(theirs ^ set(ours)))}."
+    )
+  results = []
+  for name in sorted(ours):
+    if name in SCALARS:
+      bound = 1e-5 if name == "loss" else 1e-7
+      results += [
+          _compare(f"{name} of step {i}", *pair, bound)
+          for i, pair in enumerate(zip(ours[name], reference[name], strict=True))
+      ]
+    else:
+      bound = 2e-5 if name.startswith("final/") else 1e-5
+      results.append(_compare(name, ours[name], reference[name], bound))
   return results
+
+
+def compare(path: str, *, optimize: bool = False) -> list[Comparison]:
+  """Runs the steps of a file and judges them; see compute and judge."""
+  with np.load(path) as archive:
+    reference = {key: archive[key] for key in archive.files}
+  return judge(compute(reference, optimize=optimize), reference)
 
 
 def _start(
@@ -152,9 +193,13 @@ def _start(
   if given != needed:
     wrong = sorted(set(given.items()) ^ set(needed.items()))
     raise ValueError(f"parameters do not have the shapes of meta_json: {wrong}")
+  # Copies: the step overwrites what it is given.
+  place = lambda new, old: jax.device_put(jnp.array(new), old.sharding)
   return state.replace(
-      params=jax.tree.map(jnp.array, params),
-      target_params={"encoder": jax.tree.map(jnp.array, params["encoder"])},
+      params=jax.tree.map(place, params, state.params),
+      target_params=jax.tree.map(
+          place, {"encoder": params["encoder"]}, state.target_params
+      ),
   )
 
 
@@ -167,12 +212,13 @@ def _batch(reference: dict[str, np.ndarray], step: int) -> dict[str, Any]:
   }
 
 
-def _compare_forward(
+def _forward(
     program: program_lib.Program,
     state: program_lib.TrainState,
     reference: dict[str, np.ndarray],
-) -> list[Comparison]:
-  """Compares what the networks return inside of the objective's own loss."""
+    options: dict[str, Any] | None,
+) -> dict[str, np.ndarray]:
+  """What the networks return inside of the objective's own loss."""
 
   def forward(params, target_params, batch):
     seen = []
@@ -190,7 +236,7 @@ def _compare_forward(
     return seen
 
   batch = _batch(reference, 0)
-  target, context, prediction = jax.jit(forward)(
+  target, context, prediction = jax.jit(forward, compiler_options=options)(
       state.params, state.target_params, batch
   )
   targets = models.gather_patches(
@@ -198,43 +244,29 @@ def _compare_forward(
   )  # [B, M, T, D]
   shape = prediction.shape  # [B, S, M, T, D]
   targets = jnp.broadcast_to(targets[:, None], shape)
-  pairs = lambda x: np.asarray(x).transpose(2, 1, 0, 3, 4).reshape(-1, *shape[3:])
+  pairs = lambda x: x.transpose(2, 1, 0, 3, 4).reshape(-1, *shape[3:])
   ours = {
       "target_encoder_output": target,
-      "context_encoder_output": np.asarray(context).swapaxes(0, 1).reshape(
+      "context_encoder_output": context.swapaxes(0, 1).reshape(
           -1, *context.shape[2:]
       ),
       "predictor_output": pairs(prediction),
       "targets": pairs(targets),
   }
-  return [
-      _array(f"step0/{name}", value, reference[f"step0/{name}"], 1e-5)
-      for name, value in ours.items()
-  ]
+  return {f"step0/{name}": np.asarray(x) for name, x in ours.items()}
 
 
-def _compare_trees(
-    prefix: str,
-    name: str,
-    ours: Any,
-    reference: dict[str, np.ndarray],
-    meta: dict[str, Any],
-    bound: float,
-) -> list[Comparison]:
-  """Compares parameters, one foreign key after the other."""
-  start = f"{prefix}/{name}/"
-  theirs = {k.removeprefix(start) for k in reference if k.startswith(start)}
-  fixed = {row.foreign for row in TABLES[name] if row.path == "positions"}
-  table = tuple(row for row in TABLES[name] if row.path != "positions")
-  mine = dict(
-      convert.to_foreign(jax.tree.map(np.asarray, ours), table, meta["patch"])
-  )
-  if set(mine) != theirs - fixed:
-    raise ValueError(f"{start}: {sorted(set(mine) ^ (theirs - fixed))}")
-  return [
-      _array(start + key, mine[key], reference[start + key], bound)
-      for key in sorted(mine)
-  ]
+def _released(
+    networks: dict[str, Any], prefix: str, meta: dict[str, Any]
+) -> dict[str, np.ndarray]:
+  """Trees of networks, under the released names."""
+  arrays = {}
+  for name, tree in networks.items():
+    table = tuple(row for row in TABLES[name] if row.path != "positions")
+    tree = jax.tree.map(np.asarray, tree)
+    for key, array in convert.to_foreign(tree, table, meta["patch"]):
+      arrays[f"{prefix}/{name}/{key}"] = array
+  return arrays
 
 
 def _params(
@@ -264,16 +296,12 @@ def _without_positions(params: dict[str, Any]) -> dict[str, Any]:
   return params
 
 
-def _array(name: str, ours: Any, theirs: Any, bound: float) -> Comparison:
+def _compare(name: str, ours: Any, theirs: Any, bound: float) -> Comparison:
   ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
   if ours.shape != theirs.shape:
     raise ValueError(f"{name} has shape {ours.shape}, not {theirs.shape}.")
   norm = np.linalg.norm(theirs) or 1.0
   return Comparison(name, float(np.linalg.norm(ours - theirs) / norm), bound)
-
-
-def _scalar(name: str, ours: Any, theirs: float, bound: float) -> Comparison:
-  return _array(name, float(ours), float(theirs), bound)
 
 
 def report(results: list[Comparison]) -> str:
@@ -287,7 +315,13 @@ def report(results: list[Comparison]) -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("file", help="reference numbers, .npz")
-  results = compare(parser.parse_args().file)
+  parser.add_argument(
+      "--optimize",
+      action="store_true",
+      help="compile as for training, which takes longer",
+  )
+  arguments = parser.parse_args()
+  results = compare(arguments.file, optimize=arguments.optimize)
   print(report(results))
   bad = [r for r in results if not r.ok]
   print(f"{len(results)} quantities, {len(bad)} past their bound")
