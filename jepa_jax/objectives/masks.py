@@ -53,12 +53,18 @@ class Settings:
     return max(self.min_keep, 1)
 
   def shapes(self, *, released: bool) -> tuple[blocks.Shapes, blocks.Shapes]:
-    """Shapes of the context (square) and of the targets."""
+    """Shapes of the context and of the targets.
+
+    A context is square, or in proportion to the grid if not `released`, so that
+    scale 1 is the whole of any grid.
+    """
+    height, width = self.grid
+    square = 1.0 if released else height / width
     enumerate_shapes = functools.partial(
         blocks.enumerate_shapes, grid=self.grid, released=released
     )
     return (
-        enumerate_shapes(self.context_scale, (1.0, 1.0)),
+        enumerate_shapes(self.context_scale, (square, square)),
         enumerate_shapes(self.target_scale, self.aspect_ratio),
     )
 
@@ -221,7 +227,8 @@ def _draw_corrected(
   independent; a corner is uniform over every place where the block fits, last
   row and column included. No target ever leaks into a context.
 
-  Differs: the released code draws one shape a batch; see `_draw_released`.
+  Differs: the released code draws one shape a batch; see `_draw_released`. The
+  paper's contexts are square; here they have the proportions of the grid.
   """
   del batch_key
   context, targets = _multi_block(settings, xp, image_key)
@@ -538,9 +545,10 @@ def _draw(
     index: Array,
     xp: Any,
 ) -> tuple[Draw, Array]:
-  index = xp.astype(xp.asarray(index), np.uint32)
-  epoch = xp.astype(xp.asarray(epoch), np.uint32)
-  step = xp.reshape(xp.astype(xp.asarray(step), np.uint32), (-1,))
+  index, epoch, step = (
+      xp.reshape(xp.astype(xp.asarray(x), np.uint32), (-1,))
+      for x in (index, epoch, step)
+  )
   batch_key = words.fold(xp, words.stream_key(seed, words.MASK_BATCH), step)
   image_key = words.fold(xp, words.stream_key(seed, words.MASK_IMAGE), epoch)
   image_key = words.fold(xp, image_key, index)
@@ -577,14 +585,16 @@ def _mask_shapes(settings: Settings) -> MaskShapes:
   sampler = SAMPLERS[settings.name]
   sampler.check(settings)
   contexts, targets = [], []
-  for step in range(_SIMULATED_BATCHES):
-    index = np.arange(_SIMULATED_BATCH_SIZE)
-    draw, _ = _draw(settings, 0, step, np.full(index.shape, step), index, np)
+  images = np.arange(_SIMULATED_BATCHES * _SIMULATED_BATCH_SIZE)
+  for index in images.reshape(-1, 8 * _SIMULATED_BATCH_SIZE):
+    step = index // _SIMULATED_BATCH_SIZE
+    draw, _ = _draw(settings, 0, step, 0, index, np)
     contexts.append(draw.context.sum(-1))
     known = isinstance(draw.targets, tuple)
     targets.append((draw.targets[1] if known else draw.targets).sum(-1))
-  contexts, targets = np.stack(contexts), np.stack(targets)  # [batches, B, *]
-  k = settings.context_patches or round(float(contexts.min((1, 2)).mean()))
+  contexts, targets = np.concatenate(contexts), np.concatenate(targets)
+  smallest = contexts.reshape(_SIMULATED_BATCHES, -1).min(1)
+  k = settings.context_patches or round(float(smallest.mean()))
   if known:
     t = draw.targets[0].shape[-1]
   else:
