@@ -16,6 +16,7 @@ import tensorflow as tf
 MAX_PIXELS = 2**26  # 192 MiB decoded; a larger image is refused unread
 
 _CROP_TRIES = 10
+_LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue, ITU-R BT.601
 # EXIF orientation -> (transpose, then flip rows, then flip columns).
 _TURNS = {
     1: (0, 0, 0),
@@ -40,7 +41,7 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-  """Reads the header of a JPEG, PNG, GIF or BMP image, whatever its name says.
+  """Reads the header of a JPEG, PNG, GIF, BMP or WebP image, whatever its name.
 
   Raises:
     ValueError: empty, of another format, cut within the header, or of more
@@ -60,8 +61,10 @@ def read_header(data: bytes) -> Header:
     elif data.startswith(b"BM"):
       width, height = struct.unpack_from("<ii", data, 18)
       header = Header("bmp", abs(height), width)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+      header = _webp_header(data)
     else:
-      raise ValueError("not a JPEG, PNG, GIF or BMP image")
+      raise ValueError("not a JPEG, PNG, GIF, BMP or WebP image")
   except (struct.error, IndexError):
     raise ValueError("cut within its header") from None
   if header.height < 1 or header.width < 1:
@@ -71,6 +74,15 @@ def read_header(data: bytes) -> Header:
         f"{header.height} x {header.width} pixels, more than {MAX_PIXELS}"
     )
   return header
+
+
+def diagnose(data: bytes) -> str:
+  """Says in a few words why an image could not be decoded."""
+  try:
+    header = read_header(data)
+  except ValueError as error:
+    return str(error)
+  return f"damaged {header.encoding.upper()} data"
 
 
 def _jpeg_header(data: bytes) -> Header:
@@ -90,10 +102,27 @@ def _jpeg_header(data: bytes) -> Header:
     (length,) = struct.unpack_from(">H", data, position)
     if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
       height, width = struct.unpack_from(">HH", data, position + 3)
+      # Without its end marker the image was cut, even if a crop might not
+      # show it. Embedded thumbnails have theirs before this point.
+      if data.rfind(b"\xff\xd9", position) < 0:
+        raise ValueError("a JPEG cut before its end")
       return Header("jpeg", height, width, orientation)
     if marker == 0xE1 and data[position + 2 : position + 8] == b"Exif\0\0":
       orientation = _exif_orientation(data[position + 8 : position + length])
     position += length
+
+
+def _webp_header(data: bytes) -> Header:
+  kind = data[12:16]
+  if kind == b"VP8X":
+    width = 1 + int.from_bytes(data[24:27], "little")
+    height = 1 + int.from_bytes(data[27:30], "little")
+  elif kind == b"VP8L":
+    (bits,) = struct.unpack_from("<I", data, 21)
+    width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+  else:
+    width, height = (x & 0x3FFF for x in struct.unpack_from("<HH", data, 26))
+  return Header("webp", height, width)
 
 
 def _exif_orientation(tiff: bytes) -> int:
@@ -253,17 +282,21 @@ def decode_crop(
     uint8 [image_size, image_size, channels].
   """
 
+  # Not every format converts colour to grey, so what is unknown is decoded in
+  # colour and made grey in the end.
+  decoded = channels if encoding else 3
+
   def jpeg():
-    return tf.image.decode_and_crop_jpeg(encoded, box, channels=channels)
+    return tf.image.decode_and_crop_jpeg(encoded, box, channels=decoded)
+
+  def png():
+    return _cut(tf.image.decode_png(encoded, channels=decoded), box)
 
   def other():
     image = tf.io.decode_image(
-        encoded, channels=channels, expand_animations=False
+        encoded, channels=decoded, expand_animations=False
     )
     return _cut(image, box)
-
-  def png():
-    return _cut(tf.image.decode_png(encoded, channels=channels), box)
 
   if encoding == "jpeg":
     image = jpeg()
@@ -280,6 +313,8 @@ def decode_crop(
       kernel_type="triangle",
       antialias=True,
   )[0]
+  if decoded > channels:
+    image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
   image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
   image = tf.ensure_shape(image, (image_size, image_size, channels))
   return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)

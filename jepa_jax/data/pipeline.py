@@ -5,8 +5,9 @@ keyed permutation of record numbers, crops and masks come from counter-based
 words. So hosts agree without talking, and resuming at step s costs one seek.
 """
 
+import os
 import threading
-from typing import Any
+from typing import Any, Callable, Mapping
 
 from jepa_jax.data import augment
 from jepa_jax.data import masks as tf_masks
@@ -17,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 _ROUNDS = 6  # of the permutation's Feistel network
+_CONSUMED = ("encoded", "box", "turn", "record")  # by decoding
 
 
 class Unreadable:
@@ -32,10 +34,15 @@ class Unreadable:
     self._limit = limit
     self._lock = threading.Lock()
     self._reasons: dict[str, str] = {}
+    self._fatal = ""
 
   def add(self, name: str, reason: str) -> None:
     with self._lock:
       self._reasons.setdefault(name, reason)
+
+  def stop(self, name: str, count: int) -> None:
+    """Makes `check` fail: a whole batch, from `name` on, cannot be read."""
+    self._fatal = f"none of the {count} images of a batch could be read: {name}"
 
   def __len__(self) -> int:
     return len(self._reasons)
@@ -49,6 +56,8 @@ class Unreadable:
   def check(self) -> None:
     """Raises ValueError where more images were unreadable than allowed."""
     reasons = self.reasons
+    if self._fatal:
+      raise ValueError(f"{self._fatal} and the rest; mend or remove them")
     if len(reasons) > self._limit:
       shown = [f"{name} ({why})" for name, why in list(reasons.items())[:3]]
       raise ValueError(
@@ -113,7 +122,8 @@ def train_dataset(
   """Endless batches of crops and masks, from any step on.
 
   Each image comes once an epoch; batches run on over the ends of epochs. A
-  process reads its contiguous share of every global batch.
+  process reads its contiguous share of every global batch. Where an image
+  cannot be read, another one of its batch stands in, with masks of its own.
 
   Args:
     config: the whole configuration; reads seed, batch_size, data, masks and
@@ -121,7 +131,7 @@ def train_dataset(
     start_step: first step, 0 or more; nothing before it is read.
     process_index: of this process.
     process_count: number of processes; must divide the batch size.
-    unreadable: where to count images that are skipped.
+    unreadable: where to count images that are skipped; call its `check`.
 
   Returns:
     Batches {image uint8 [B, H, W, C], context_ids int32 [B, S, K],
@@ -142,61 +152,34 @@ def train_dataset(
   masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   source = sources.open_source(data)
   unreadable = unreadable or Unreadable(data.max_unreadable)
-  first = process_index * share
-
-  def read(step):
-    positions = step * config.batch_size + first + np.arange(share)
-    epoch, index = order(positions, len(source), config.seed)
-    _, encoded, headers = _read(source, index, unreadable)
-    crops = augment.random_crops(
-        data, *headers, seed=config.seed, epoch=epoch, index=index
-    )
-    return encoded, crops.boxes, crops.turns, epoch, index
+  places = process_index * share + np.arange(share)
 
   def plan(step):
-    encoded, box, turn, epoch, index = tf.numpy_function(
-        read,
-        [step],
-        [tf.string, tf.int32, tf.bool, tf.int64, tf.int64],
-        stateful=False,
+    epoch, index = order(
+        step * config.batch_size + places, len(source), config.seed
     )
-    return {
-        "encoded": tf.ensure_shape(encoded, (share,)),
-        "box": tf.ensure_shape(box, (share, 4)),
-        "turn": tf.ensure_shape(turn, (share, 3)),
-        "epoch": tf.ensure_shape(epoch, (share,)),
-        "index": tf.ensure_shape(index, (share,)),
-        "step": tf.fill((share,), step),
-    }
-
-  def decode(x):
-    image = augment.decode_crop(
-        x.pop("encoded"),
-        x.pop("box"),
-        x.pop("turn"),
-        image_size=data.image_size,
-        channels=data.channels,
-        encoding=source.encoding,
+    encoded, sizes, orientations = _headers(source.images(source.read(index)))
+    crops = augment.random_crops(
+        data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
     )
-    return {"image": image, **x}
+    return encoded, crops.boxes, crops.turns, index, epoch
 
-  def add_masks(x):
+  def finish(step, batch):
     drawn = tf_masks.sample(
         config.masks,
         grid,
         seed=config.seed,
-        step=x["step"][0],
-        epoch=x["epoch"],
-        index=x["index"],
+        step=step,
+        epoch=batch["epoch"],
+        index=batch["index"],
     )
-    return {"image": x["image"], **drawn}
+    stand_in = _stand_ins(batch, source, unreadable)
+    return {"image": tf.gather(batch["image"], stand_in), **drawn}
 
-  parallel = data.threads or tf.data.AUTOTUNE
-  dataset = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  dataset = dataset.map(plan, num_parallel_calls=2)
-  dataset = dataset.unbatch().map(decode, num_parallel_calls=parallel)
-  dataset = dataset.batch(share, drop_remainder=True).map(add_masks)
-  return _finish(dataset, data)
+  spec = {"epoch": tf.TensorSpec([share], tf.int64)}
+  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+  dataset = _decoded(steps, plan, spec, source, data, share)
+  return _finish(dataset.map(finish), data)
 
 
 def evaluation_dataset(
@@ -205,6 +188,7 @@ def evaluation_dataset(
     batch_size: int,
     label: str | None = None,
     split: str | None = None,
+    unreadable: Unreadable | None = None,
 ) -> tf.data.Dataset:
   """Every image of a split once, in order, cut to its central square.
 
@@ -214,63 +198,182 @@ def evaluation_dataset(
     label: name of a label of `scenes.LABELS`, or of a scalar feature; None for
       no labels.
     split: in place of config.split.
+    unreadable: where to count images that are skipped.
 
   Returns:
-    Batches {image uint8 [B, H, W, C], label [B], valid bool [B]}; padding has
-    valid False, image and label 0.
+    Batches {image uint8 [B, H, W, C], label [B, ...], valid bool [B]}. Padding,
+    and what cannot be read, has valid False.
 
   Raises:
     ValueError: source or label that cannot be had.
   """
   source = sources.open_source(config, split)
   label_of = None if label is None else _label_function(label)
-  unreadable = Unreadable(config.max_unreadable)
+  unreadable = unreadable or Unreadable(config.max_unreadable)
   count = len(source)
 
-  def read(start):
-    index = np.arange(start, min(start + batch_size, count))
-    records, encoded, headers = _read(source, index, unreadable)
-    crops = augment.central_crops(*headers)
-    return _strings(records), encoded, crops.boxes, crops.turns, index
-
   def plan(start):
-    types = [tf.string, tf.string, tf.int32, tf.bool, tf.int64]
-    record, encoded, box, turn, index = tf.numpy_function(
-        read, [start], types, stateful=False
+    place = start + np.arange(batch_size)
+    index = np.minimum(place, count - 1)  # the last image pads its batch
+    records = source.read(index)
+    encoded, sizes, orientations = _headers(source.images(records))
+    crops = augment.central_crops(sizes, orientations)
+    return (
+        *(encoded, crops.boxes, crops.turns, index),
+        *(_strings(records), place < count),
     )
-    for x, shape in ((box, (None, 4)), (turn, (None, 3))):
-      x.set_shape(shape)
-    for x in (record, encoded, index):
-      x.set_shape((None,))
-    return record, encoded, box, turn, index
 
-  def decode(record, encoded, box, turn, index):
+  def finish(start, batch):
+    del start
+    _stand_ins(batch, source, unreadable)
     example = {
-        "image": augment.decode_crop(
-            encoded,
-            box,
-            turn,
-            image_size=config.image_size,
-            channels=config.channels,
-            encoding=source.encoding,
-        ),
-        "valid": tf.constant(True),
+        "image": batch["image"],
+        "valid": batch["valid"] & batch["readable"],
     }
     if label_of is not None:
-      example["label"] = label_of(source.features(record, index))
+      example["label"] = batch["label"]
     return example
 
-  parallel = config.threads or tf.data.AUTOTUNE
-  dataset = tf.data.Dataset.range(0, count, batch_size)
-  dataset = dataset.map(plan, num_parallel_calls=2).unbatch()
-  dataset = dataset.map(decode, num_parallel_calls=parallel)
-  spec = dataset.element_spec
-  padding = -count % batch_size
-  if padding:
-    zeros = {k: tf.zeros([padding, *s.shape], s.dtype) for k, s in spec.items()}
-    dataset = dataset.concatenate(tf.data.Dataset.from_tensor_slices(zeros))
-  dataset = dataset.batch(batch_size, drop_remainder=True)
-  return _finish(dataset, config)
+  def features(example):
+    if label_of is None:
+      return {}
+    record = example["record"]
+    return {"label": label_of(source.features(record, example["index"]))}
+
+  spec = {
+      "record": tf.TensorSpec([batch_size], tf.string),
+      "valid": tf.TensorSpec([batch_size], tf.bool),
+  }
+  starts = tf.data.Dataset.range(0, count, batch_size)
+  dataset = _decoded(starts, plan, spec, source, config, batch_size, features)
+  return _finish(dataset.map(finish), config)
+
+
+def _decoded(
+    steps: tf.data.Dataset,
+    plan: Callable[[np.ndarray], tuple[Any, ...]],
+    spec: Mapping[str, tf.TensorSpec],
+    source: sources.Source,
+    config: Any,
+    size: int,
+    features: Callable[[dict[str, tf.Tensor]], dict[str, Any]] | None = None,
+) -> tf.data.Dataset:
+  """Reads, decodes and batches what `plan` says of each step.
+
+  A batch is decoded as a whole. Only where that fails is it decoded once more,
+  image by image, to find out what is wrong; so sound data pay nothing.
+
+  Args:
+    steps: int64 scalars.
+    plan: step -> (encoded, box, turn, index, *what `spec` names), of a batch.
+    spec: names and types of what plan gives besides.
+    source: where names and labels come from.
+    config: config.data.
+    size: images a batch.
+    features: makes more entries from an example of all of the above.
+
+  Returns:
+    (step, batch): image [B, ...], readable bool [B], index, the spec's, the
+    features'.
+  """
+  spec = {
+      "encoded": tf.TensorSpec([size], tf.string),
+      "box": tf.TensorSpec([size, 4], tf.int32),
+      "turn": tf.TensorSpec([size, 3], tf.bool),
+      "index": tf.TensorSpec([size], tf.int64),
+      **spec,
+  }
+  threads = config.threads or os.cpu_count()
+
+  def read(step):
+    types = [x.dtype for x in spec.values()]
+    values = tf.numpy_function(plan, [step], types, stateful=False)
+    values = zip(spec, values)
+    return step, {k: tf.ensure_shape(x, spec[k].shape) for k, x in values}
+
+  def finish(example, image, readable):
+    more = features(example) if features else {}
+    keep = {k: x for k, x in example.items() if k not in _CONSUMED}
+    return {"image": image, "readable": readable, **keep, **more}
+
+  def decode(example):
+    image = augment.decode_crop(
+        example["encoded"],
+        example["box"],
+        example["turn"],
+        image_size=config.image_size,
+        channels=config.channels,
+        encoding=source.encoding,
+    )
+    return finish(example, image, tf.constant(True))
+
+  def blank(example):
+    shape = [config.image_size, config.image_size, config.channels]
+    return finish(example, tf.zeros(shape, tf.uint8), tf.constant(False))
+
+  def one_by_one(example):
+    image = tf.data.Dataset.from_tensors(example)
+    return image.map(decode).ignore_errors().concatenate(image.map(blank)).take(1)
+
+  def decode_batch(step, batch):
+    images = tf.data.Dataset.from_tensor_slices(batch)
+    whole = images.map(decode, num_parallel_calls=threads)
+    whole = whole.batch(size, drop_remainder=True).ignore_errors()
+    slow = images.flat_map(one_by_one).batch(size, drop_remainder=True)
+    batch = whole.concatenate(slow).take(1)
+    return batch.map(lambda x: (step, x))
+
+  return steps.map(read, num_parallel_calls=2).interleave(
+      decode_batch, cycle_length=2, num_parallel_calls=2, deterministic=True
+  )
+
+
+def _headers(
+    encoded: list[bytes],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Encoded images, sizes [B, 2] and orientations [B], from their headers.
+
+  An image whose header says that it cannot be read is emptied, so that decoding
+  it fails.
+  """
+  headers = []
+  for i, data in enumerate(encoded):
+    try:
+      headers.append(augment.read_header(data))
+    except ValueError:
+      headers.append(augment.Header("", 1, 1))
+      encoded[i] = b""
+  sizes = np.asarray([(x.height, x.width) for x in headers])
+  orientations = np.asarray([x.orientation for x in headers])
+  return _strings(encoded), sizes, orientations
+
+
+def _stand_ins(
+    batch: dict[str, tf.Tensor],
+    source: sources.Source,
+    unreadable: Unreadable,
+) -> tf.Tensor:
+  """Row to use in place of each row, int32 [B]; counts the unreadable ones."""
+  readable = batch["readable"]
+  rows = tf.range(len(readable), dtype=tf.int32)
+
+  def report(readable, index):
+    bad = np.flatnonzero(~readable)
+    for number in np.unique(index[bad]):
+      (record,) = source.images(source.read(np.asarray([number])))
+      unreadable.add(source.name(int(number)), augment.diagnose(record))
+    good = np.flatnonzero(readable)
+    if not len(good):
+      unreadable.stop(source.name(int(index[0])), len(index))
+      return np.arange(len(readable), dtype=np.int32)
+    following = np.searchsorted(good, np.arange(len(readable))) % len(good)
+    return good[following].astype(np.int32)
+
+  def replace():
+    result = tf.numpy_function(report, [readable, batch["index"]], tf.int32)
+    return tf.ensure_shape(result, rows.shape)
+
+  return tf.cond(tf.reduce_all(readable), lambda: rows, replace)
 
 
 def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
@@ -284,37 +387,6 @@ def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
         f" {', '.join(map(str, near))}"
     )
   return image_size // patch_size, image_size // patch_size
-
-
-def _read(
-    source: sources.Source, index: np.ndarray, unreadable: Unreadable
-) -> tuple[list[bytes], np.ndarray, tuple[np.ndarray, np.ndarray]]:
-  """Records, encoded images, and (sizes [B, 2], orientations [B])."""
-  records = source.read(index)
-  encoded = source.images(records)
-  if source.image_size is not None:
-    sizes = np.tile(source.image_size, (len(index), 1))
-    return records, _strings(encoded), (sizes, np.ones(len(index), np.int64))
-  headers = []
-  for i, data in enumerate(encoded):
-    try:
-      headers.append(augment.read_header(data))
-    except ValueError as error:
-      headers.append(None)
-      unreadable.add(source.name(int(index[i])), str(error))
-  good = [i for i, header in enumerate(headers) if header]
-  if not good:
-    raise ValueError(
-        f"no image of this batch can be read, {source.name(int(index[0]))} for"
-        " one; mend or remove them"
-    )
-  for i, header in enumerate(headers):
-    if header is None:  # the next readable image of the batch stands in
-      other = next((j for j in good if j > i), good[0])
-      headers[i], encoded[i] = headers[other], encoded[other]
-  sizes = np.asarray([(h.height, h.width) for h in headers])
-  orientations = np.asarray([h.orientation for h in headers])
-  return records, _strings(encoded), (sizes, orientations)
 
 
 def _strings(values: list[bytes]) -> np.ndarray:

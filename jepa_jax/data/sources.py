@@ -17,19 +17,15 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 _OPEN_FILES = 256  # descriptors that one source keeps open
 
 
 class Source(Protocol):
   """Random access to the encoded images of one data set."""
 
-  # (height, width) of every image where the data set promises it, else None.
-  image_size: tuple[int, int] | None
   # "png" or "jpeg" where every image is stored so, else None.
   encoding: str | None
-  # Whether every record is known to decode: prepared sets were checked.
-  trusted: bool
 
   def __len__(self) -> int:
     ...
@@ -114,8 +110,6 @@ class TfdsSource:
     ValueError: no such split, or files that allow no random access.
   """
 
-  trusted = True
-
   def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
     self._builder = builder
     self._features = builder.info.features
@@ -123,10 +117,8 @@ class TfdsSource:
     self._label = f"{builder.info.full_name} {split}"
     self._image_key = _image_key(self._features, self._label)
     feature = self._features[self._image_key]
-    size = tuple(feature.shape[:2])
-    self.image_size = None if None in size else size
-    encoding = getattr(feature, "_encoding_format", None)
-    self.encoding = encoding or ("png" if self.image_size else None)
+    # What the builder declared; else the images tell themselves.
+    self.encoding = getattr(feature, "_encoding_format", None)
     instructions = info.file_instructions
     self._files = _Files([x.filename for x in instructions])
     parts = []
@@ -181,9 +173,7 @@ class FolderSource:
     ValueError: no such folder, or no image in it.
   """
 
-  image_size = None
   encoding = None
-  trusted = False
 
   def __init__(self, root: str):
     self._root = pathlib.Path(root).expanduser()
