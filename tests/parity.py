@@ -23,16 +23,16 @@ import numpy as np
 import optax
 
 from jepa_jax import config as config_lib
-from jepa_jax import convert
 from jepa_jax import models
+from jepa_jax.convert import table as table_lib
 from jepa_jax.objectives import ijepa
 from jepa_jax.training import program as program_lib
 from jepa_jax.training import sharding
 
 TABLES = {
-    "encoder": convert.RELEASED_ENCODER,
-    "target_encoder": convert.RELEASED_ENCODER,
-    "predictor": convert.RELEASED_PREDICTOR,
+    "encoder": table_lib.RELEASED_ENCODER,
+    "target_encoder": table_lib.RELEASED_ENCODER,
+    "predictor": table_lib.RELEASED_PREDICTOR,
 }
 
 
@@ -264,7 +264,7 @@ def _released(
   for name, tree in networks.items():
     table = tuple(row for row in TABLES[name] if row.path != "positions")
     tree = jax.tree.map(np.asarray, tree)
-    for key, array in convert.to_foreign(tree, table, meta["patch"]):
+    for key, array in table_lib.to_foreign(tree, table, meta["patch"]):
       arrays[f"{prefix}/{name}/{key}"] = array
   return arrays
 
@@ -282,7 +282,7 @@ def _params(
       if k.startswith(start)
   }
   depth = meta["predictor_depth" if name == "predictor" else "depth"]
-  return convert.from_foreign(source, TABLES[name], depth)
+  return table_lib.from_foreign(source, TABLES[name], depth)
 
 
 def _without_positions(params: dict[str, Any]) -> dict[str, Any]:

@@ -1,54 +1,18 @@
-"""Converts weights between the released code, Hugging Face and Flax.
+"""The table of keys, and what turns an array of one side into the other's.
 
-    python -m jepa_jax.convert IN-vith14.pth.tar encoder.npz --which target
-    python -m jepa_jax.convert ijepa_vith14_1k/ encoder.safetensors
-    python -m jepa_jax.convert workdir/ hugging_face_folder/
-    python -m jepa_jax.convert encoder.npz encoder_448.npz --image_size 448
-
-The format follows from the path:
-
-    *.npz, *.safetensors     our own export: arrays "target/norm/scale", ...,
-                             and the JSON text "config"; needs neither JAX nor
-                             orbax to read
-    *.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
-    a folder                 of a run (config.json, checkpoints/), or a Hugging
-                             Face IJepaModel (config.json, *.safetensors)
-
-A conversion is strict: all missing, extra and misshapen keys are listed, and
-then nothing is written. There and back gives the very same bits, where the
-weights are float32.
+Rows are (foreign key, Flax path, transform). Both directions derive from them,
+and so does the list of keys and shapes that a file has to have.
 """
 
-import argparse
-import collections
 from collections.abc import Callable, Iterator, Mapping
-import dataclasses
-import json
-import os
-import pathlib
 import re
-import shutil
-import sys
-import tempfile
 from typing import Any, NamedTuple
-import zipfile
 
-from absl import logging
 from flax import traverse_util
-import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
-
-from jepa_jax import command
-from jepa_jax import models
 
 Array = Any  # what numpy takes for an array
 Params = dict[str, Any]
-
-# ImageNet's, which all released weights were trained with.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 
 class Transform(NamedTuple):
@@ -70,11 +34,15 @@ def _kernel_to_convolution(kernel: Array, patch_size: int) -> Array:
 
 SAME = Transform(lambda x: x, lambda x, _: x)
 LINEAR = Transform(lambda x: x.T, lambda x, _: x.T)
+# [D, C, patch, patch] <-> [patch * patch * C, D]
 PATCHES = Transform(
     lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
     _kernel_to_convolution,
 )
-POSITIONS = Transform(lambda x: x.reshape(-1, x.shape[-1]), lambda x, _: x[None])
+# [1, N, D] <-> [N, D]
+POSITIONS = Transform(
+    lambda x: x.reshape(-1, x.shape[-1]), lambda x, _: x[None]
+)
 
 
 class Row(NamedTuple):
@@ -213,13 +181,34 @@ def to_foreign(
     patch_size: pixels, of an encoder.
 
   Yields:
-    (foreign key, array), C-contiguous.
+    (foreign key, array); a view where it can be one.
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   for row in table:
     array = flat[row.path]
     stacked = "{}" in row.foreign
     for i, keys in enumerate(row.keys(len(array) if stacked else 1)):
-      layer = row.transform.to_foreign(array[i] if stacked else array, patch_size)
+      layer = array[i] if stacked else array
+      layer = row.transform.to_foreign(layer, patch_size)
       for key, part in zip(keys, np.split(layer, len(keys))):
-        yield key, np.ascontiguousarray(part)
+        yield key, part
+
+
+def missing_and_extra(
+    given: Mapping[str, tuple[int, ...]],
+    needed: Mapping[str, tuple[int, ...]],
+) -> str:
+  """All differences between two lists of shapes in one line; "" for none."""
+  parts = []
+  if missing := sorted(needed.keys() - given.keys()):
+    parts.append(f"missing: {', '.join(missing)}")
+  if extra := sorted(given.keys() - needed.keys()):
+    parts.append(f"extra: {', '.join(extra)}")
+  wrong = [
+      f"{key} is {list(given[key])}, not {list(needed[key])}"
+      for key in sorted(needed.keys() & given.keys())
+      if tuple(given[key]) != tuple(needed[key])
+  ]
+  if wrong:
+    parts.append(f"misshapen: {', '.join(wrong)}")
+  return "; ".join(parts)

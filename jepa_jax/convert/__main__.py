@@ -1,0 +1,120 @@
+"""Converts weights between the released code, Hugging Face and Flax.
+
+    python -m jepa_jax.convert IN1K-vit.h.14-300e.pth.tar encoder.npz
+    python -m jepa_jax.convert ijepa_vith14_1k/ encoder.safetensors
+    python -m jepa_jax.convert workdir/ hugging_face_folder/
+    python -m jepa_jax.convert encoder.npz encoder_448.npz --image_size 448
+
+The format follows from the path:
+
+    *.npz, *.safetensors     our own export: arrays "target/norm/scale", ...,
+                             and the JSON text "config"
+    *.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
+    a folder                 of a run (config.json, checkpoints/), or a Hugging
+                             Face IJepaModel (config.json, *.safetensors)
+
+A conversion is strict: all missing, extra and misshapen keys are listed, and
+then nothing is written. There and back gives the very same bits, where the
+weights are float32.
+
+The encoder is the *target* encoder unless --which says otherwise: that is the
+one the paper evaluates. The published Hugging Face weights hold the *context*
+encoder and do not say so; they are read as that.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from jepa_jax import command
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command's flags."""
+  flags = argparse.ArgumentParser(
+      prog="python -m jepa_jax.convert",
+      description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add_argument("source", help="file or folder to read")
+  flags.add_argument("destination", help="file or folder to write")
+  flags.add_argument(
+      "--which",
+      choices=("target", "context", "all"),
+      help="encoder to convert, or both and the predictor; default: target, "
+      "or what a Hugging Face folder holds",
+  )
+  flags.add_argument(
+      "--num_heads",
+      type=int,
+      default=0,
+      help="of a released checkpoint that is of no known size",
+  )
+  flags.add_argument(
+      "--predictor_heads",
+      type=int,
+      default=0,
+      help="the same of its predictor; default: as the encoder",
+  )
+  flags.add_argument(
+      "--step", type=int, help="checkpoint of a run; default: the newest"
+  )
+  flags.add_argument(
+      "--image_size",
+      type=int,
+      nargs="+",
+      metavar="PIXELS",
+      help="fit the positions to this size, or height and width",
+  )
+  flags.add_argument(
+      "--positions",
+      choices=("recompute", "bicubic"),
+      default="recompute",
+      help="for --image_size: compute the sine-cosine positions of the new "
+      "grid (default), or interpolate the old ones",
+  )
+  flags.add_argument(
+      "--prefix",
+      default="",
+      help='of the keys of a released checkpoint; its training wants "module."',
+  )
+  return flags
+
+
+def main(arguments: argparse.Namespace) -> int:
+  """The command."""
+  import jax
+
+  from jepa_jax import convert
+  from jepa_jax.convert import hugging_face
+
+  source = pathlib.Path(arguments.source)
+  which = arguments.which
+  if which is None:
+    which = "all" if hugging_face.is_folder(source) else "target"
+  weights = convert.read(
+      source,
+      which,
+      num_heads=arguments.num_heads,
+      predictor_heads=arguments.predictor_heads,
+      step=arguments.step,
+  )
+  if arguments.image_size:
+    size = arguments.image_size
+    if len(size) > 2:
+      raise ValueError(f"--image_size takes one or two numbers, not {size}.")
+    weights = convert.resize(
+        weights, (size[0], size[-1]), arguments.positions
+    )
+  convert.write(weights, arguments.destination, prefix=arguments.prefix)
+  count = sum(x.size for x in jax.tree.leaves(weights.networks))
+  print(
+      f"{source} -> {arguments.destination}: {', '.join(weights.networks)}; "
+      f"{count / 1e6:.1f} M parameters",
+      file=sys.stderr,
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  command.run(main, parser())

@@ -1,0 +1,77 @@
+"""What both foreign formats share: strictness, and errors of one line."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+from typing import Any
+
+import numpy as np
+
+from jepa_jax.convert import table
+from jepa_jax.convert import weights as weights_lib
+from jepa_jax.convert.weights import Weights
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+  """Makes one line of the many kinds of errors that damaged files raise."""
+  try:
+    yield
+  except ValueError as error:
+    if "pickle" not in str(error):
+      raise
+    raise ValueError(
+        f"it is not {what}: it holds pickled objects, which may carry code"
+    ) from None
+  except Exception as error:  # Every reader has its own, often many lines.
+    first = (str(error).splitlines() or [""])[0][:200]
+    raise ValueError(
+        f"it cannot be read as {what}; it is damaged or something else "
+        f"({type(error).__name__}: {first})"
+    ) from None
+
+
+def to_foreign(
+    weights: Weights, name: str, rows: tuple[table.Row, ...]
+) -> Iterator[tuple[str, np.ndarray]]:
+  params = weights_lib.with_positions(weights, name)
+  return table.to_foreign(params, rows, weights.encoder["patch_size"])
+
+
+def from_foreign(
+    found: Weights,
+    tables: Mapping[str, tuple[table.Row, ...]],
+    sources: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    labels: Mapping[str, str],
+) -> Weights:
+  """Reads networks through their tables, once all keys and shapes fit."""
+  problems = []
+  for name, rows in tables.items():
+    # Zeros without memory, in the shapes that the settings ask for.
+    empty = _broadcast(weights_lib.abstract(found, name))
+    stand_in = Weights(
+        networks={name: empty},
+        encoder=found.encoder,
+        predictor=found.predictor,
+        image_size=found.image_size,
+        channels=found.channels,
+    )
+    needed = {k: x.shape for k, x in to_foreign(stand_in, name, rows)}
+    if text := table.missing_and_extra(shapes[name], needed):
+      problems.append(labels[name] + text)
+  if problems:
+    raise ValueError("; ".join(problems))
+  for name, rows in tables.items():
+    kind = found.predictor if name == "predictor" else found.encoder
+    found.networks[name] = table.from_foreign(
+        sources[name], rows, kind["depth"]
+    )
+  return weights_lib.settle_positions(found)
+
+
+def _broadcast(tree: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {key: _broadcast(value) for key, value in tree.items()}
+  return np.broadcast_to(np.float32(0), tree.shape)
+
+

@@ -1,0 +1,249 @@
+"""Reads and writes weights; the format follows from the path.
+
+    *.npz, *.safetensors     our own export: arrays "target/norm/scale", ...,
+                             and the JSON text "config"; needs neither JAX nor
+                             orbax to read
+    *.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
+    a folder                 of a run (config.json, checkpoints/), or a Hugging
+                             Face IJepaModel (config.json, *.safetensors)
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jepa_jax.convert import checked
+from jepa_jax.convert import hugging_face
+from jepa_jax.convert import released
+from jepa_jax.convert import weights as weights_lib
+from jepa_jax.convert.weights import Weights
+
+
+def read(
+    path: str | os.PathLike[str],
+    which: str = "all",
+    *,
+    num_heads: int = 0,
+    predictor_heads: int = 0,
+    step: int | None = None,
+) -> Weights:
+  """Loads weights of any format, without ever running code of the file.
+
+  Args:
+    path: file or folder; see above.
+    which: "target" or "context" for that encoder alone, "all" for everything
+      that is there. A Hugging Face folder has one encoder: the published ones
+      the *context* encoder, ours say which.
+    num_heads: of the encoder, which a released checkpoint does not tell; 0
+      takes it from the width and depth of models.SIZES.
+    predictor_heads: of the predictor; 0 for as many as the encoder.
+    step: of a run; None for the newest.
+
+  Returns:
+    The weights.
+
+  Raises:
+    ValueError: one line that says what is wrong with the file: it cannot be
+      read, or lists all missing, extra and misshapen keys.
+  """
+  path = pathlib.Path(path)
+  known = (*weights_lib.ENCODERS, "all")
+  if which not in known:
+    raise ValueError(f'unknown which "{which}"; known: {", ".join(known)}.')
+  if not path.exists():
+    raise ValueError(f"there is no file or folder {path}.")
+  try:
+    if path.is_dir():
+      if _run_of(path):
+        found = _read_run(path, which, step)
+      else:
+        found = hugging_face.read(path, which)
+    elif path.name.endswith(released.SUFFIXES):
+      found = released.read(path, which, num_heads, predictor_heads)
+    elif path.suffix in (".npz", ".safetensors"):
+      found = _read_export(path)
+    else:
+      raise ValueError(_unknown_format(path))
+    return found.only(which)
+  except ValueError as error:
+    if str(path) in str(error):
+      raise
+    raise ValueError(f"{path}: {error}") from None
+
+
+def write(
+    weights: Weights, path: str | os.PathLike[str], *, prefix: str = ""
+) -> None:
+  """Writes weights; nothing is left behind if that fails.
+
+  Args:
+    weights: what to write; a Hugging Face folder takes one encoder.
+    path: must not exist; see above. No suffix makes a Hugging Face folder.
+    prefix: of a released checkpoint's keys; its training code wants
+      "module.".
+
+  Raises:
+    ValueError: the path exists or its suffix is unknown, torch is missing, or
+      the weights do not fit the format.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise ValueError(f"{path} exists; remove it or name another.")
+  if problems := weights.problems():
+    raise ValueError(f"the weights are not whole: {problems}.")
+  if path.name.endswith(released.SUFFIXES):
+    save = lambda temporary: released.write(weights, temporary, prefix)
+  elif path.suffix in (".npz", ".safetensors"):
+    save = lambda temporary: _write_export(weights, temporary)
+  elif not path.suffix:
+    save = lambda temporary: hugging_face.write(weights, temporary)
+  else:
+    raise ValueError(_unknown_format(path))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=".jepa") as folder:
+    temporary = pathlib.Path(folder) / path.name
+    save(temporary)
+    if path.is_dir():
+      path.rmdir()
+    os.replace(temporary, path)
+
+
+def _unknown_format(path: pathlib.Path) -> str:
+  return (
+      f"{path} has no known suffix; known: .npz, .safetensors, "
+      f"{', '.join(released.SUFFIXES)}, and none for a folder."
+  )
+
+
+# Our own export.
+
+
+def _read_export(path: pathlib.Path) -> Weights:
+  with checked.readable(f"an export ({path.suffix})"):
+    if path.suffix == ".npz":
+      with np.load(path, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+      text = str(arrays.pop("config", ""))
+    else:
+      with safetensors.safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("config", "")
+        arrays = {key: file.get_tensor(key) for key in file.keys()} if (
+            text
+        ) else {}
+  if not text:
+    raise ValueError(
+        'it is no export of this project: it has no "config"; of Hugging '
+        "Face weights give the folder."
+    )
+  networks = traverse_util.unflatten_dict(arrays, sep="/")
+  found = weights_lib.from_description(text)
+  settings = json.loads(text)
+  absent = {name: {} for name in settings["networks"] if name not in networks}
+  unknown = networks.keys() - {*weights_lib.ENCODERS, "predictor"}
+  if unknown:
+    raise ValueError(
+        f"unknown networks: {', '.join(sorted(unknown))}; known: target, "
+        "context, predictor"
+    )
+  found.networks.update(networks, **absent)
+  if problems := found.problems():
+    raise ValueError(problems)
+  return found
+
+
+def _write_export(weights: Weights, path: pathlib.Path) -> None:
+  arrays = {}
+  for name, tree in weights.networks.items():
+    arrays |= weights_lib.flatten(name, tree)
+  arrays = {key: np.ascontiguousarray(x) for key, x in arrays.items()}
+  if path.suffix == ".npz":
+    np.savez(path, config=np.array(weights.describe()), **arrays)
+  else:
+    safetensors.numpy.save_file(arrays, path, {"config": weights.describe()})
+
+
+# Runs.
+
+
+def _run_of(path: pathlib.Path) -> pathlib.Path | None:
+  """The workdir of a path: itself, or of workdir/checkpoints/STEP."""
+  if (path / "checkpoints").is_dir():
+    return path
+  if path.parent.name == "checkpoints":
+    return path.parent.parent
+  return None
+
+
+def _read_run(
+    path: pathlib.Path, which: str, step: int | None
+) -> Weights:
+  import orbax.checkpoint as ocp
+
+  workdir = _run_of(path)
+  config = workdir / "config.json"
+  if not config.is_file():
+    raise ValueError(f"there is no {config}")
+  with checked.readable("a run's config.json"):
+    found = weights_lib.from_config(json.loads(config.read_text()))
+  # A checkpoint that is not whole yet has a longer name.
+  steps = sorted(
+      int(p.name)
+      for p in (workdir / "checkpoints").iterdir()
+      if p.name.isdigit()
+  )
+  if path != workdir:
+    step = int(path.name) if path.name.isdigit() else -1
+  if not steps or step not in (None, *steps):
+    raise ValueError(
+        f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
+        f"there are: {', '.join(map(str, steps)) or 'none'}"
+    )
+  state = workdir / "checkpoints" / str(steps[-1] if step is None else step)
+  state = state.resolve() / "state"
+  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(state).item_metadata.tree
+    places = {
+        "target": ("target_params", "encoder"),
+        "context": ("params", "encoder"),
+        "predictor": ("params", "predictor"),
+    }
+    places = {
+        name: (part, network)
+        for name, (part, network) in places.items()
+        if network in (saved.get(part) or {}) and which in ("all", name)
+    }
+    # Only what is asked for is read: the moments stay where they are.
+    item: dict[str, Any] = {}
+    for part, network in places.values():
+      item.setdefault(part, {})[network] = saved[part][network]
+    read_as = ocp.RestoreArgs(restore_type=np.ndarray)
+    restored = checkpointer.restore(
+        state,
+        args=ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=_map_leaves(item, read_as),
+            partial_restore=True,
+        ),
+    )
+  for name, (part, network) in places.items():
+    found.networks[name] = restored[part][network]
+  if "predictor" not in places:
+    found = dataclasses.replace(found, predictor=None)
+  if problems := found.problems():
+    raise ValueError(problems)
+  return found
+
+
+def _map_leaves(tree: Any, value: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {key: _map_leaves(child, value) for key, child in tree.items()}
+  return value

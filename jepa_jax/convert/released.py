@@ -1,0 +1,215 @@
+"""Checkpoints of the released PyTorch code: *.pth.tar, *.pth, *.pt.
+
+A dict of "encoder" (the context encoder), "target_encoder", "predictor" and
+the state of their training. Reading and writing needs torch.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+import pathlib
+import re
+from typing import Any
+import zipfile
+
+import numpy as np
+
+from jepa_jax import models
+from jepa_jax.convert import checked
+from jepa_jax.convert import table
+from jepa_jax.convert.weights import Weights
+
+SUFFIXES = (".pth.tar", ".pth", ".pt")
+_NETWORKS = {
+    "context": "encoder",
+    "target": "target_encoder",
+    "predictor": "predictor",
+}
+
+
+def _import_torch() -> Any:
+  try:
+    import torch
+  except ImportError:
+    raise ValueError(
+        "a checkpoint of the released code needs PyTorch; install the extra "
+        'with pip install "jepa_jax[torch]".'
+    ) from None
+  return torch
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+  """Tensors that become float32 arrays when they are asked for."""
+
+  def __init__(self, tensors: Mapping[str, Any]):
+    # Data-parallel training prefixes every key.
+    strip = all(key.startswith("module.") for key in tensors)
+    self._tensors = {
+        key.removeprefix("module.") if strip else key: value
+        for key, value in tensors.items()
+    }
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self._tensors[key].detach().float().numpy()
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(getattr(value, "shape", ()))
+        for key, value in self._tensors.items()
+    }
+
+
+def _load_torch(path: pathlib.Path) -> dict[str, Any]:
+  torch = _import_torch()
+  try:
+    # Mapped, so that what is not asked for (the optimizer) costs no memory.
+    return torch.load(
+        path,
+        map_location="cpu",
+        weights_only=True,
+        mmap=zipfile.is_zipfile(path),
+    )
+  except Exception as error:  # Many kinds, of many lines.
+    text = str(error)
+    if code := re.search(r"GLOBAL ([\w.]+)", text):
+      raise ValueError(
+          f"it wants to run code ({code[1]}) while loading; only tensors are "
+          "read, so it is refused"
+      ) from None
+    first = (text.splitlines() or [""])[0][:120]
+    raise ValueError(
+        "it cannot be read as a PyTorch checkpoint; it is damaged or something "
+        f"else ({type(error).__name__}: {first})"
+    ) from None
+
+
+def read(
+    path: pathlib.Path, which: str, num_heads: int, predictor_heads: int
+) -> Weights:
+  """Loads a checkpoint; the arguments are those of convert.read.
+
+  Raises:
+    ValueError: it cannot be read safely, or has other keys or shapes.
+  """
+  checkpoint = _load_torch(path)
+  keys = checkpoint.keys() if isinstance(checkpoint, Mapping) else ()
+  wanted = _NETWORKS if which == "all" else (which,)
+  there = {
+      name: _Tensors(checkpoint[_NETWORKS[name]])
+      for name in wanted
+      if _NETWORKS[name] in keys
+      and isinstance(checkpoint[_NETWORKS[name]], Mapping)
+  }
+  if not there.keys() - {"predictor"}:
+    raise ValueError(
+        f'it has no "{_NETWORKS.get(which, "target_encoder")}"; its keys: '
+        f"{', '.join(map(str, list(keys)[:12])) or 'none'}"
+    )
+  first = next(name for name in there if name != "predictor")
+  settings = _infer_encoder(there[first].shapes(), num_heads)
+  predictor = None
+  if "predictor" in there:
+    predictor = _infer_predictor(there["predictor"].shapes())
+    predictor["num_heads"] = predictor_heads or settings["encoder"]["num_heads"]
+  found = Weights(networks={}, predictor=predictor, **settings)
+  return checked.from_foreign(
+      found,
+      {name: _rows(name) for name in there},
+      there,
+      {n: source.shapes() for n, source in there.items()},
+      {n: f"{_NETWORKS[n]}: " for n in there},
+  )
+
+
+def write(weights: Weights, path: pathlib.Path, prefix: str) -> None:
+  """Saves all networks there are; prefix stands before every key."""
+  torch = _import_torch()
+  checkpoint = {}
+  for name in weights.networks:
+    checkpoint[_NETWORKS[name]] = {
+        prefix + key: torch.from_numpy(np.array(x, np.float32, order="C"))
+        for key, x in checked.to_foreign(weights, name, _rows(name))
+    }
+  torch.save(checkpoint, path)
+
+
+def _rows(name: str) -> tuple[table.Row, ...]:
+  if name == "predictor":
+    return table.RELEASED_PREDICTOR
+  return table.RELEASED_ENCODER
+
+
+def _vote(
+    shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int, otherwise: int
+) -> int:
+  """The most common size, so that one misshapen key does not blame others."""
+  sizes = collections.Counter(
+      shape[axis]
+      for key, shape in shapes.items()
+      if re.fullmatch(pattern, key)
+      and -len(shape) <= axis < len(shape)
+  )
+  return sizes.most_common(1)[0][0] if sizes else otherwise
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
+  found = [re.match(rf"{blocks}\.(\d+)\.", key) for key in shapes]
+  return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+
+def _infer_encoder(
+    shapes: Mapping[str, tuple[int, ...]], num_heads: int
+) -> dict[str, Any]:
+  """What the shapes of a released encoder tell of its settings."""
+  depth = _depth(shapes, "blocks")
+  if not depth:
+    raise ValueError(
+        "it is no encoder of the released code: no key starts with blocks.0.; "
+        f"its keys: {', '.join(list(shapes)[:12])}"
+    )
+  width = _vote(shapes, r"(blocks\.\d+\.norm\d|norm)\.\w+", 0, 0)
+  hidden = _vote(shapes, r"blocks\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
+  patch = _vote(shapes, r"patch_embed\.proj\.weight", -1, 16)
+  patches = _vote(shapes, "pos_embed", 1, 1)
+  side = round(patches**0.5)
+  sizes = [
+      s for s in models.SIZES.values() if (s["width"], s["depth"]) == (width, depth)
+  ]
+  if not num_heads and not sizes:
+    raise ValueError(
+        f"width {width} and depth {depth} are of no known size, and the file "
+        "does not tell the number of attention heads; give --num_heads"
+    )
+  if side * side != patches:
+    raise ValueError(f"its {patches} positions are of no square grid")
+  return dict(
+      encoder=dict(
+          width=width,
+          depth=depth,
+          num_heads=num_heads or sizes[0]["num_heads"],
+          patch_size=patch,
+          mlp_ratio=hidden / width,
+          norm_epsilon=1e-6,
+          position_grid=(side, side),
+      ),
+      image_size=(side * patch, side * patch),
+      channels=_vote(shapes, r"patch_embed\.proj\.weight", 1, 3),
+  )
+
+
+def _infer_predictor(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+  blocks = "predictor_blocks"
+  width = _vote(shapes, rf"{blocks}\.\d+\.norm\d\.\w+", 0, 4)
+  hidden = _vote(shapes, rf"{blocks}\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
+  return dict(
+      width=width,
+      depth=max(1, _depth(shapes, blocks)),
+      mlp_ratio=hidden / width,
+  )
+
+

@@ -1,0 +1,416 @@
+"""Using an encoder: load it, encode images, predict, warm-start, export.
+
+    model = jepa_jax.load("encoder.npz")         # or a run, or foreign weights
+    features = model.encode(images)              # uint8 [B, H, W, C] -> [B, D]
+    maps = model.encode(images, pool=None)       # [B, h, w, D]
+
+or with the parts, which are plain Flax:
+
+    module, params, preprocessing = jepa_jax.load("encoder.npz")
+    patches = module.apply({"params": params}, preprocessing(images))
+
+In code that is written with flax.nnx:
+
+    from flax import nnx
+
+    bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
+    bridged = nnx.bridge.lazy_init(bridged, preprocessing(images))
+    nnx.update(bridged, nnx.State(jax.tree.map(nnx.Param, dict(params))))
+    patches = bridged(preprocessing(images))     # [B, N, D]
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax import convert
+from jepa_jax import models
+from jepa_jax.convert import formats
+from jepa_jax.convert import table
+from jepa_jax.convert import weights as weights_lib
+from jepa_jax.objectives import ijepa
+from jepa_jax.training import program as program_lib
+
+EXPORTED = "encoder.stablehlo"
+EXPORTED_WEIGHTS = "encoder.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """What an encoder wants of its images.
+
+  Attributes:
+    mean: a value a channel, on a scale of 0 to 1.
+    std: a value a channel.
+    image_size: (H, W) of training, pixels. Positions are computed for any
+      size that the patch size divides, unless they are stored.
+  """
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  image_size: tuple[int, int]
+
+  def __call__(self, images: Any) -> jax.Array:
+    """Normalises uint8 [B, H, W, C]; floats are taken as normalised."""
+    return ijepa.normalize_images(jnp.asarray(images), self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+  """Networks ready for use; unpacks to (module, params, preprocessing).
+
+  Attributes:
+    module: the encoder.
+    params: of the chosen encoder; `module.apply({"params": params}, x)`.
+    preprocessing: from uint8 images to x.
+    which: "target" or "context", the chosen one.
+    networks: parameters of all networks there are: "target", "context" and
+      "predictor".
+    predictor: the predictor, or None where there is none.
+  """
+
+  module: models.Encoder
+  params: table.Params
+  preprocessing: Preprocessing
+  which: str
+  networks: dict[str, table.Params]
+  predictor: models.Predictor | None
+
+  def __iter__(self) -> Iterator[Any]:
+    return iter((self.module, self.params, self.preprocessing))
+
+  def encode(
+      self,
+      images: Any,
+      which: str | None = None,
+      layers: int = 1,
+      pool: str | None = "mean",
+      *,
+      batch_size: int = 0,
+  ) -> jax.Array:
+    """Encodes images.
+
+    Args:
+      images: [B, H, W, C], uint8, or float that is normalised already.
+      which: "target" or "context"; None for the chosen one, which is the
+        target encoder where there is one.
+      layers: 1 for the last layer, n for the last n side by side, each
+        normalised; the paper's linear probes read 1 or 4.
+      pool: "mean" over the patches, or None for all of them.
+      batch_size: images that go through at once; 0 for all. The last batch is
+        padded, so that nothing is compiled twice.
+
+    Returns:
+      float32 [B, layers * D], or [B, h, w, layers * D] without pooling.
+
+    Raises:
+      ValueError: no such encoder, unknown pool or wrong shape of images.
+    """
+    params = self._params(which or self.which)
+    if pool not in ("mean", None):
+      raise ValueError(f'unknown pool "{pool}"; known: "mean", None.')
+    images = np.asarray(images) if batch_size else jnp.asarray(images)
+    self._check(images.shape)
+    run = functools.partial(
+        _encode, self.module, self.preprocessing, layers, pool
+    )
+    size, count = batch_size or len(images), len(images)
+    if count <= size and not (batch_size and count < size):
+      return run(params, images)
+    parts = []
+    for start in range(0, count, size):
+      part = images[start : start + size]
+      padding = [(0, size - len(part))] + [(0, 0)] * (images.ndim - 1)
+      parts.append(run(params, np.pad(part, padding))[: len(part)])
+    return jnp.concatenate(parts)
+
+  def predict(
+      self,
+      images: Any,
+      context_ids: Any,
+      target_ids: Any,
+      context_valid: Any | None = None,
+      target_valid: Any | None = None,
+  ) -> jax.Array:
+    """Predicts the target encoder's features of patches from others.
+
+    Args:
+      images: [B, H, W, C], as of encode.
+      context_ids: [B, S, K] or [B, K], row-major indices of patches that the
+        context encoder sees.
+      target_ids: [B, M, T] or [B, T], patches to predict; every block of T by
+        itself.
+      context_valid: as context_ids, bool, False for padding; or None.
+      target_valid: as target_ids, bool, False for padding; or None.
+
+    Returns:
+      float32 [B, S, M, T, D]; S or M is 1 where the axis was not given. Where
+      the prediction is right, it is near the target encoder's features after
+      a LayerNorm without parameters.
+
+    Raises:
+      ValueError: there is no predictor or no context encoder; wrong indices.
+    """
+    if self.predictor is None:
+      raise ValueError(
+          "there is no predictor; convert with --which all, or load a run."
+      )
+    images = jnp.asarray(images)
+    self._check(images.shape)
+    grid = models.patch_grid(*images.shape[1:3], self.module.patch_size)
+    ids = []
+    for name, x in (("context_ids", context_ids), ("target_ids", target_ids)):
+      x = np.asarray(x)
+      x = x[:, None] if x.ndim == 2 else x
+      if x.ndim != 3 or len(x) != len(images) or (
+          x.size and not 0 <= x.min() <= x.max() < grid[0] * grid[1]
+      ):
+        raise ValueError(
+            f"{name} have shape {x.shape}; they need to be indices in [0, "
+            f"{grid[0] * grid[1]}) of shape [{len(images)}, blocks, patches]."
+        )
+      ids.append(x)
+    valid = [
+        None if v is None else jnp.asarray(v, bool).reshape(x.shape)
+        for v, x in zip((context_valid, target_valid), ids)
+    ]
+    params = (self._params("context"), self._params("predictor"))
+    return _predict(
+        self.module, self.predictor, self.preprocessing, params, images,
+        *ids, *valid,
+    )  # fmt: skip
+
+  def export(
+      self,
+      folder: str | os.PathLike[str],
+      *,
+      image_size: tuple[int, int] | None = None,
+      layers: int = 1,
+      pool: str | None = "mean",
+      platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
+  ) -> None:
+    """Writes the encoder as StableHLO, for a process without this project.
+
+    To read it back, with JAX and NumPy alone:
+
+        exported = jax.export.deserialize(
+            open("folder/encoder.stablehlo", "rb").read())
+        params = dict(np.load("folder/encoder.npz"))
+        features = exported.call(params, images)  # uint8 [any, H, W, C]
+
+    Args:
+      folder: is made; gets encoder.stablehlo and encoder.npz.
+      image_size: (H, W), pixels; None for that of training.
+      layers: as of encode.
+      pool: as of encode.
+      platforms: that it is compiled for.
+
+    Raises:
+      ValueError: the folder has such files, or the image size does not fit.
+    """
+    folder = pathlib.Path(folder)
+    for name in (EXPORTED, EXPORTED_WEIGHTS):
+      if (folder / name).exists():
+        raise ValueError(f"{folder / name} exists; name another folder.")
+    height, width = image_size or self.preprocessing.image_size
+    flat = weights_lib.flatten("encoder", self.params)
+    structure = jax.tree.structure(self.params)
+
+    def encode(flat: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+      params = jax.tree.unflatten(structure, [flat[key] for key in names])
+      return _encode(
+          self.module, self.preprocessing, layers, pool, params, images
+      )
+
+    names = list(flat)
+    (batch,) = jax.export.symbolic_shape("batch")
+    channels = len(self.preprocessing.mean)
+    exported = jax.export.export(jax.jit(encode), platforms=platforms)(
+        {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in flat.items()},
+        jax.ShapeDtypeStruct((batch, height, width, channels), jnp.uint8),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EXPORTED).write_bytes(exported.serialize())
+    np.savez(
+        folder / EXPORTED_WEIGHTS, **{k: np.asarray(x) for k, x in flat.items()}
+    )
+
+  def _params(self, name: str) -> table.Params:
+    if name not in self.networks:
+      raise ValueError(
+          f'there is no "{name}" network here; there are: '
+          f"{', '.join(self.networks)}."
+      )
+    return self.networks[name]
+
+  def _check(self, shape: tuple[int, ...]) -> None:
+    channels = len(self.preprocessing.mean)
+    if len(shape) != 4 or shape[-1] != channels:
+      raise ValueError(
+          f"images have shape {shape}; they need to be [B, H, W, {channels}]."
+      )
+
+
+def load(
+    path: str | os.PathLike[str],
+    which: str | None = None,
+    *,
+    dtype: Any = "float32",
+    step: int | None = None,
+    num_heads: int = 0,
+    scan: bool = False,
+) -> Pretrained:
+  """Loads networks from a run, an export or foreign weights.
+
+  Args:
+    path: a run's workdir or workdir/checkpoints/STEP, or what jepa_jax.convert
+      reads: *.npz, *.safetensors, *.pth.tar, a Hugging Face folder.
+    which: encoder to choose, "target" or "context"; None for the target
+      encoder, which the paper evaluates, or where there is none (published
+      Hugging Face weights) the context encoder, with a warning.
+    dtype: of the computation, "float32" or "bfloat16". Parameters are float32.
+    step: checkpoint of a run; None for the newest.
+    num_heads: of a released checkpoint of no known size.
+    scan: compiles one block instead of all, which is faster to compile and
+      slower to run on a CPU.
+
+  Returns:
+    The networks; unpacks to (module, params, preprocessing).
+
+  Raises:
+    ValueError: one line about what is wrong with the file.
+  """
+  weights = convert.read(path, num_heads=num_heads, step=step)
+  if which is None:
+    which = "target" if "target" in weights.networks else "context"
+    if which == "context":
+      logging.warning("%s has no target encoder: using the context's", path)
+  weights.only(which)  # ValueError where there is none
+  compute = dict(dtype=jnp.dtype(dtype), scan=scan)
+  networks = jax.tree.map(jnp.asarray, weights.networks)
+  has_predictor = "predictor" in networks
+  return Pretrained(
+      module=weights.module(which, **compute),
+      params=networks[which],
+      preprocessing=Preprocessing(
+          weights.mean, weights.std, tuple(weights.image_size)
+      ),
+      which=which,
+      networks=networks,
+      predictor=weights.module("predictor", **compute)
+      if has_predictor
+      else None,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _encode(module, preprocessing, layers, pool, params, images):
+  x = module.apply({"params": params}, preprocessing(images), layers=layers)
+  x = x.astype(jnp.float32)
+  if pool == "mean":
+    return x.mean(axis=1)
+  grid = models.patch_grid(*images.shape[1:3], module.patch_size)
+  return x.reshape(x.shape[0], *grid, x.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _predict(
+    encoder, predictor, preprocessing, params, images,
+    context_ids, target_ids, context_valid, target_valid,
+):  # fmt: skip
+  images = preprocessing(images)
+  grid = models.patch_grid(*images.shape[1:3], encoder.patch_size)
+  context = encoder.apply(
+      {"params": params[0]}, images, context_ids, context_valid
+  )
+  return predictor.apply(
+      {"params": params[1]}, context, context_ids, target_ids, grid,
+      context_valid, target_valid,
+  ).astype(jnp.float32)  # fmt: skip
+
+
+def warm_start(
+    state: program_lib.TrainState,
+    path: str | os.PathLike[str],
+    *,
+    which: str = "target",
+    strict: bool = True,
+) -> program_lib.TrainState:
+  """Starts training from weights instead of from random ones.
+
+  Args:
+    state: fresh; its optimizer and step stay as they are.
+    path: see load.
+    which: "target" or "context" puts that encoder in the place of the trained
+      encoder and of its moving average; "all" puts the context encoder, the
+      target encoder and the predictor in their own places.
+    strict: False leaves what the weights lack, or have in another shape, as it
+      is, and says so in the log.
+
+  Returns:
+    The state with those parameters, laid out as before.
+
+  Raises:
+    ValueError: the weights cannot be read, or in strict mode a network is
+      missing or has missing, extra or misshapen parameters: all are listed.
+  """
+  weights = convert.read(path, which)
+  sources = {"encoder": which, "target": which}
+  if which == "all":
+    sources = {"encoder": "context", "target": "target"}
+    sources["predictor"] = "predictor"
+  params, target = dict(state.params), dict(state.target_params)
+  problems = []
+  for place, source in sources.items():
+    tree, name = (target, "encoder") if place == "target" else (params, place)
+    if name not in tree:
+      continue  # an objective without moving average or predictor
+    if source not in weights.networks:
+      problems.append(f'{path} has no "{source}" network')
+      continue
+    new = _without_positions(weights, source)
+    tree[name], different = _replace(tree[name], new)
+    if different:
+      problems.append(f"{source}: {different}")
+  if problems and strict:
+    raise ValueError(
+        f"{path} does not fit the configured networks: {'; '.join(problems)}. "
+        "Change the config, or load the rest with init_strict=False."
+    )
+  for problem in problems:
+    logging.warning("warm start leaves as it was: %s", problem)
+  return state.replace(params=params, target_params=target)
+
+
+def _without_positions(weights: weights_lib.Weights, name: str) -> Any:
+  """Parameters, without positions that are all but the computed ones."""
+  params = dict(weights.networks[name])
+  if "positions" in params:
+    fixed = models.sincos_positions(weights.grid, weights.encoder["width"])
+    if np.abs(params["positions"] - fixed).max() <= 5e-3:
+      del params["positions"]
+  return params
+
+
+def _replace(old: Any, new: Any) -> tuple[Any, str]:
+  """Puts new leaves where they fit; returns the tree and what did not."""
+  flat = weights_lib.flatten("", new)
+  needed = weights_lib.flatten("", old)
+  shapes = lambda tree: {k[1:]: tuple(x.shape) for k, x in tree.items()}
+  leaves = [
+      # A copy: the train step overwrites its state.
+      jax.device_put(np.array(flat[key]), leaf.sharding)
+      if key in flat and flat[key].shape == leaf.shape
+      else leaf
+      for key, leaf in needed.items()
+  ]
+  different = table.missing_and_extra(shapes(flat), shapes(needed))
+  return jax.tree.unflatten(jax.tree.structure(old), leaves), different
