@@ -65,6 +65,8 @@ class TensorFlow:
     return tf.reshape(ids, (*shape[:-1], k))
 
 
+# Conversion by AutoGraph has nothing to convert here and triples the tracing.
+@tf.autograph.experimental.do_not_convert
 def sample(
     config: Any,
     grid: tuple[int, int],

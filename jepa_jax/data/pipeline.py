@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 _ROUNDS = 6  # of the permutation's Feistel network
+_plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
 _CONSUMED = ("encoded", "box", "turn", "record")  # by decoding
 
 
@@ -151,7 +152,8 @@ def train_dataset(
   grid = patch_grid(data.image_size, config.encoder.patch_size)
   masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   source = sources.open_source(data)
-  unreadable = unreadable or Unreadable(data.max_unreadable)
+  if unreadable is None:
+    unreadable = Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
 
   def plan(step):
@@ -179,7 +181,7 @@ def train_dataset(
   spec = {"epoch": tf.TensorSpec([share], tf.int64)}
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
   dataset = _decoded(steps, plan, spec, source, data, share)
-  return _finish(dataset.map(finish), data)
+  return _finish(dataset.map(_plain(finish)), data)
 
 
 def evaluation_dataset(
@@ -209,7 +211,8 @@ def evaluation_dataset(
   """
   source = sources.open_source(config, split)
   label_of = None if label is None else _label_function(label)
-  unreadable = unreadable or Unreadable(config.max_unreadable)
+  if unreadable is None:
+    unreadable = Unreadable(config.max_unreadable)
   count = len(source)
 
   def plan(start):
@@ -246,7 +249,7 @@ def evaluation_dataset(
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
   dataset = _decoded(starts, plan, spec, source, config, batch_size, features)
-  return _finish(dataset.map(finish), config)
+  return _finish(dataset.map(_plain(finish)), config)
 
 
 def _decoded(
@@ -313,18 +316,18 @@ def _decoded(
 
   def one_by_one(example):
     image = tf.data.Dataset.from_tensors(example)
-    return image.map(decode).ignore_errors().concatenate(image.map(blank)).take(1)
+    return image.map(_plain(decode)).ignore_errors().concatenate(image.map(_plain(blank))).take(1)
 
   def decode_batch(step, batch):
     images = tf.data.Dataset.from_tensor_slices(batch)
-    whole = images.map(decode, num_parallel_calls=threads)
+    whole = images.map(_plain(decode), num_parallel_calls=threads)
     whole = whole.batch(size, drop_remainder=True).ignore_errors()
-    slow = images.flat_map(one_by_one).batch(size, drop_remainder=True)
+    slow = images.flat_map(_plain(one_by_one)).batch(size, drop_remainder=True)
     batch = whole.concatenate(slow).take(1)
-    return batch.map(lambda x: (step, x))
+    return batch.map(_plain(lambda x: (step, x)))
 
-  return steps.map(read, num_parallel_calls=2).interleave(
-      decode_batch, cycle_length=2, num_parallel_calls=2, deterministic=True
+  return steps.map(_plain(read), num_parallel_calls=2).interleave(
+      _plain(decode_batch), cycle_length=2, num_parallel_calls=2, deterministic=True
   )
 
 
@@ -355,7 +358,7 @@ def _stand_ins(
 ) -> tf.Tensor:
   """Row to use in place of each row, int32 [B]; counts the unreadable ones."""
   readable = batch["readable"]
-  rows = tf.range(len(readable), dtype=tf.int32)
+  rows = tf.range(readable.shape[0], dtype=tf.int32)
 
   def report(readable, index):
     bad = np.flatnonzero(~readable)

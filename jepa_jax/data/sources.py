@@ -299,20 +299,27 @@ def find_builder(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
   if builder.is_prepared():
     return builder
   try:  # another version than the installed code's may be there
-    return tfds.core.read_only_builder.builder_from_files(
-        *_name_and_config(name), **kwargs
-    )
+    return tfds.core.read_only_builder.builder_from_files(name, **kwargs)
   except tfds.core.DatasetNotFoundError:
-    where = f" --data_dir={data_dir}" if data_dir else ""
     raise ValueError(
         f'TFDS data set "{name}" is not prepared in'
         f" {data_dir or 'the default data_dir of TFDS'}; prepare it with"
-        f" `tfds build {name}{where}`, or set data.data_dir to where it is"
+        f" `{_prepare_command(name, data_dir)}`{_manual_steps(builder)}, or set"
+        " data.data_dir to where it is"
     ) from None
 
 
-def _name_and_config(name: str) -> list[str]:
-  return [name]
+def _prepare_command(name: str, data_dir: str) -> str:
+  where = f" --data_dir={data_dir}" if data_dir else ""
+  return f"tfds build {name}{where}"
+
+
+def _manual_steps(builder: tfds.core.DatasetBuilder) -> str:
+  """What must be downloaded by hand before a data set can be prepared."""
+  instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  if not instructions:
+    return ""
+  return f" after getting its files by hand ({' '.join(instructions.split())})"
 
 
 def _folders(data_dir: str) -> list[pathlib.Path]:

@@ -1,0 +1,374 @@
+import io
+import pathlib
+import time
+import types
+
+import hypothesis
+from hypothesis import strategies as st
+import ml_collections
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow as tf
+
+from jepa_jax.data import pipeline
+from jepa_jax.objectives import masks
+
+COUNT = 23  # images in the folder: not a multiple of any batch size below
+
+
+def colour(index):
+  """The one colour of the folder's image of that number, exact in PNG."""
+  return (10 * index, 255 - 10 * index, 7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp("images")
+  for i in range(COUNT):
+    path = root / f"class{i % 3}/{i:03}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (31 + i, 40 - i), colour(i)).save(path)
+  return root
+
+
+def config(root, *, batch_size=6, **data):
+  return ml_collections.ConfigDict({
+      "seed": 3,
+      "batch_size": batch_size,
+      "encoder": {"patch_size": 4},
+      "data": {
+          "source": "folder",
+          "name": str(root),
+          "split": "train",
+          "data_dir": "",
+          "image_size": 24,
+          "channels": 3,
+          "crop_scale": (0.3, 1.0),
+          "crop_ratio": (3 / 4, 4 / 3),
+          "flip": False,
+          "color_jitter": 0.0,
+          "blur": 0.0,
+          "prefetch": 2,
+          "max_unreadable": 3,
+          "threads": 0,
+          **data,
+      },
+      "masks": {
+          "name": "corrected",
+          "num_contexts": 1,
+          "num_targets": 4,
+          "context_scale": (0.85, 1.0),
+          "target_scale": (0.15, 0.2),
+          "aspect_ratio": (0.75, 1.5),
+          "allow_overlap": False,
+          "min_keep": 4,
+          "context_patches": 0,
+      },
+  })
+
+
+def take(dataset, count):
+  iterator = dataset.as_numpy_iterator()
+  return [next(iterator) for _ in range(count)]
+
+
+def numbers(batch):
+  """Which image of the folder each row shows: files sort by class first."""
+  return (batch["image"][:, 0, 0, 0].astype(int) + 5) // 10
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], key)
+
+
+# --- order ------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    count=st.integers(1, 5000),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 1000),
+)
+def test_every_epoch_is_a_permutation(count, seed, epoch):
+  positions = epoch * count + np.arange(count)
+  epochs, index = pipeline.order(positions, count, seed)
+  assert (epochs == epoch).all()
+  np.testing.assert_array_equal(np.sort(index), np.arange(count))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+  count = 1000
+  orders = [
+      pipeline.order(epoch * count + np.arange(count), count, seed)[1]
+      for seed in (0, 1)
+      for epoch in (0, 1, 2)
+  ] + [np.arange(count)]
+  for i, a in enumerate(orders):
+    for b in orders[:i]:
+      assert (a == b).sum() < 10  # 1 is expected
+      assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(count)
+
+
+def test_every_image_goes_to_every_place():
+  count, epochs = 12, 6000
+  _, index = pipeline.order(np.arange(epochs * count), count, seed=0)
+  table = np.zeros((count, count))
+  np.add.at(table, (np.arange(len(index)) % count, index), 1)
+  chi2 = ((table - epochs / count) ** 2).sum() / (epochs / count)
+  assert chi2 < 11 * 11 + 5 * np.sqrt(2 * 11 * 11)
+  following = index.reshape(epochs, count)
+  steps = (following[:, 1:] - following[:, :-1]) % count
+  pairs = np.bincount(steps.reshape(-1), minlength=count)[1:]
+  expected = epochs * (count - 1) / (count - 1)
+  assert np.abs(pairs - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_seeking_costs_the_same_far_into_a_large_data_set():
+  start = time.perf_counter()
+  epoch, index = pipeline.order(10**11 + np.arange(2048), 1_281_167, seed=0)
+  assert time.perf_counter() - start < 1
+  assert epoch[0] == 10**11 // 1_281_167
+  assert len(np.unique(index)) == 2048
+
+
+# --- training batches -------------------------------------------------------
+
+
+def test_batches_have_the_shapes_and_types_declared(folder):
+  settings = config(folder)
+  dataset = pipeline.train_dataset(settings)
+  (batch,) = take(dataset, 1)
+  shapes = masks.mask_shapes(settings.masks, (6, 6))
+  k, t = shapes.context_patches, shapes.target_patches
+  expected = {
+      "image": ((6, 24, 24, 3), np.uint8),
+      "context_ids": ((6, 1, k), np.int32),
+      "context_valid": ((6, 1, k), bool),
+      "target_ids": ((6, 4, t), np.int32),
+      "target_valid": ((6, 4, t), bool),
+  }
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == expected
+  declared = dataset.element_spec
+  assert declared.keys() == expected.keys()
+  for name, (shape, dtype) in expected.items():
+    assert tuple(declared[name].shape) == shape
+    assert declared[name].dtype == tf.as_dtype(dtype)
+
+
+def test_every_image_once_an_epoch_across_the_ends_of_epochs(folder):
+  batches = take(pipeline.train_dataset(config(folder)), 2 * COUNT)
+  seen = np.concatenate([numbers(batch) for batch in batches])
+  for epoch in range(12):
+    part = seen[epoch * COUNT : (epoch + 1) * COUNT]
+    assert sorted(part) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_processes_share_the_batches_of_one(folder, processes):
+  settings = config(folder)
+  whole = take(pipeline.train_dataset(settings), 5)
+  parts = [
+      take(
+          pipeline.train_dataset(
+              settings, process_index=i, process_count=processes
+          ),
+          5,
+      )
+      for i in range(processes)
+  ]
+  for batch, *shares in zip(whole, *parts):
+    joined = {
+        key: np.concatenate([share[key] for share in shares]) for key in batch
+    }
+    assert_same(joined, batch)
+
+
+@pytest.mark.parametrize("start", [1, 7])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(folder, start):
+  settings = config(folder)
+  whole = take(pipeline.train_dataset(settings), 12)
+  resumed = take(pipeline.train_dataset(settings, start_step=start), 12 - start)
+  for a, b in zip(whole[start:], resumed, strict=True):
+    assert_same(a, b)
+
+
+def test_threads_and_prefetching_change_nothing(folder):
+  (batch,) = take(pipeline.train_dataset(config(folder)), 1)
+  for changes in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
+    (other,) = take(pipeline.train_dataset(config(folder, **changes)), 1)
+    assert_same(batch, other)
+
+
+def test_an_image_looks_the_same_whatever_the_batch_size(folder):
+  small = take(pipeline.train_dataset(config(folder, batch_size=4)), 3)
+  large = take(pipeline.train_dataset(config(folder, batch_size=12)), 1)
+  joined = {k: np.concatenate([x[k] for x in small]) for k in small[0]}
+  assert_same(joined, large[0])
+
+
+def test_another_seed_is_another_run(folder):
+  (batch,) = take(pipeline.train_dataset(config(folder)), 1)
+  settings = config(folder)
+  settings.seed = 4
+  (other,) = take(pipeline.train_dataset(settings), 1)
+  assert (numbers(batch) != numbers(other)).any()
+  assert (batch["context_ids"] != other["context_ids"]).any()
+
+
+def test_grey_is_made_of_colour(folder):
+  (batch,) = take(pipeline.train_dataset(config(folder, channels=1)), 1)
+  assert batch["image"].shape == (6, 24, 24, 1)
+  reference = take(pipeline.train_dataset(config(folder)), 1)[0]["image"]
+  grey = np.round(reference @ np.asarray([0.299, 0.587, 0.114]))
+  assert np.abs(batch["image"][..., 0] - grey).max() <= 1
+
+
+def test_what_does_not_divide_is_refused(folder):
+  with pytest.raises(ValueError, match="batch size 6 .* 4 processes"):
+    pipeline.train_dataset(config(folder), process_count=4)
+  with pytest.raises(ValueError, match="22 .* 4; .* divide it: 1, 2"):
+    pipeline.train_dataset(config(folder, image_size=22))
+  settings = config(folder)
+  settings.masks.min_keep = 36
+  with pytest.raises(ValueError, match="masks.min_keep"):
+    pipeline.train_dataset(settings)
+
+
+# --- what cannot be read ----------------------------------------------------
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+  """The folder, with a PNG cut, a text file, and an empty one in it."""
+  for path in folder.rglob("*.png"):
+    target = tmp_path / path.relative_to(folder)
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(path.read_bytes())
+  noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(noise).save(file, "PNG")
+  bad = {
+      tmp_path / "class0/003.png": (file.getvalue()[:900], "damaged PNG data"),
+      tmp_path / "class1/010.png": (b"some text", "not a JPEG"),
+      tmp_path / "class2/011.png": (b"", "empty"),
+  }
+  for path, (data, _) in bad.items():
+    path.write_bytes(data)
+  return tmp_path, {str(path): reason for path, (_, reason) in bad.items()}
+
+
+def test_unreadable_images_are_replaced_counted_and_named(damaged):
+  root, bad = damaged
+  unreadable = pipeline.Unreadable(limit=3)
+  dataset = pipeline.train_dataset(config(root), unreadable=unreadable)
+  batches = take(dataset, COUNT)  # six epochs
+  assert unreadable.reasons.keys() == bad.keys()
+  for name, reason in bad.items():
+    assert reason in unreadable.reasons[name]
+  unreadable.check()
+  lost = {int(pathlib.Path(name).stem) for name in bad}
+  seen = {int(n) for batch in batches for n in numbers(batch)}
+  assert seen == set(range(COUNT)) - lost
+
+
+def test_replacement_changes_no_other_row_and_no_mask(folder, damaged):
+  sound = take(pipeline.train_dataset(config(folder)), 8)
+  mended = take(pipeline.train_dataset(config(damaged[0])), 8)
+  lost = {int(pathlib.Path(name).stem) for name in damaged[1]}
+  replaced = 0
+  for a, b in zip(sound, mended):
+    rows = ~np.isin(numbers(a), list(lost))
+    replaced += (~rows).sum()
+    np.testing.assert_array_equal(a["image"][rows], b["image"][rows])
+    assert set(numbers(b)) == set(numbers(a)[rows])
+    assert_same(*[{k: v for k, v in x.items() if k != "image"} for x in (a, b)])
+  assert replaced >= 4
+
+
+def test_replacement_is_the_same_after_resuming(damaged):
+  whole = take(pipeline.train_dataset(config(damaged[0])), 8)
+  resumed = take(pipeline.train_dataset(config(damaged[0]), start_step=5), 3)
+  for a, b in zip(whole[5:], resumed, strict=True):
+    assert_same(a, b)
+
+
+def test_too_many_unreadable_images_stop_the_run_in_one_line(damaged):
+  root, bad = damaged
+  unreadable = pipeline.Unreadable(limit=2)
+  take(pipeline.train_dataset(config(root), unreadable=unreadable), COUNT)
+  with pytest.raises(ValueError) as error:
+    unreadable.check()
+  assert "3 images" in str(error.value)
+  assert "max_unreadable=2" in str(error.value)
+  assert any(name in str(error.value) for name in bad)
+  assert "\n" not in str(error.value)
+
+
+def test_a_batch_with_nothing_to_read_stops_the_run(tmp_path):
+  for i in range(5):
+    (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
+  unreadable = pipeline.Unreadable(limit=100)
+  settings = config(tmp_path, batch_size=5)
+  take(pipeline.train_dataset(settings, unreadable=unreadable), 1)
+  with pytest.raises(ValueError, match="none of the 5 images"):
+    unreadable.check()
+
+
+def test_evaluation_leaves_unreadable_images_out(damaged):
+  root, bad = damaged
+  unreadable = pipeline.Unreadable(limit=3)
+  dataset = pipeline.evaluation_dataset(
+      config(root).data, batch_size=5, label="label", unreadable=unreadable
+  )
+  valid = np.concatenate([x["valid"] for x in dataset.as_numpy_iterator()])
+  assert valid.sum() == COUNT - 3
+  assert unreadable.reasons.keys() == bad.keys()
+
+
+# --- evaluation -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
+def test_evaluation_has_every_image_once_and_in_order(folder, batch_size):
+  dataset = pipeline.evaluation_dataset(
+      config(folder).data, batch_size=batch_size, label="label"
+  )
+  batches = list(dataset.as_numpy_iterator())
+  assert len(batches) == -(-COUNT // batch_size)
+  for batch in batches:
+    assert batch["image"].shape == (batch_size, 24, 24, 3)
+    assert batch["label"].shape == batch["valid"].shape == (batch_size,)
+  valid = np.concatenate([x["valid"] for x in batches])
+  assert valid.sum() == COUNT and not valid[COUNT:].any()
+  seen = np.concatenate([numbers(x) for x in batches])[:COUNT]
+  by_class = sorted(range(COUNT), key=lambda i: (i % 3, i))
+  assert seen.tolist() == by_class
+  labels = np.concatenate([x["label"] for x in batches])[:COUNT]
+  assert labels.tolist() == [i % 3 for i in by_class]
+  assert pipeline.num_examples(config(folder).data) == COUNT
+
+
+def test_evaluation_twice_is_the_same(folder):
+  dataset = pipeline.evaluation_dataset(config(folder).data, batch_size=7)
+  for a, b in zip(dataset, dataset, strict=True):
+    assert set(a) == {"image", "valid"}
+    np.testing.assert_array_equal(a["image"], b["image"])
+
+
+def test_evaluation_names_the_labels_there_are(folder):
+  with pytest.raises(ValueError, match='no label "colour".*count.*label'):
+    pipeline.evaluation_dataset(
+        config(folder).data, batch_size=7, label="colour"
+    )
+
+
+def test_tensorflow_sees_no_accelerator():
+  assert not tf.config.get_visible_devices("GPU")
+  assert not tf.config.get_visible_devices("TPU")
+  with pytest.raises((ValueError, RuntimeError)):
+    # Fixed when the room was imported: nothing may bring devices back.
+    tf.config.set_visible_devices([types.SimpleNamespace()], "GPU")
