@@ -4,6 +4,7 @@ A dict of "encoder" (the context encoder), "target_encoder", "predictor" and
 the state of their training. Reading and writing needs torch.
 """
 
+import codecs
 import collections
 from collections.abc import Iterator, Mapping
 import pathlib
@@ -24,6 +25,14 @@ _NETWORKS = {
     "target": "target_encoder",
     "predictor": "predictor",
 }
+
+
+# NumPy scalars, such as a logged loss, carry no code; NumPy 1 and 2.
+_SCALARS = [
+    (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar")
+    for core in ("core", "_core")
+] + [np.dtype, codecs.encode]
+_SCALARS += [type(np.dtype(kind)) for kind in "fdlqi"]
 
 
 def _import_torch() -> Any:
@@ -68,12 +77,13 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
   torch = _import_torch()
   try:
     # Mapped, so that what is not asked for (the optimizer) costs no memory.
-    return torch.load(
-        path,
-        map_location="cpu",
-        weights_only=True,
-        mmap=zipfile.is_zipfile(path),
-    )
+    with torch.serialization.safe_globals(_SCALARS):
+      return torch.load(
+          path,
+          map_location="cpu",
+          weights_only=True,
+          mmap=zipfile.is_zipfile(path),
+      )
   except Exception as error:  # Many kinds, of many lines.
     text = str(error)
     if code := re.search(r"GLOBAL ([\w.]+)", text):

@@ -82,7 +82,8 @@ class Weights:
   def describe(self) -> str:
     """The settings as JSON, read back by `from_description`."""
     settings = dataclasses.asdict(dataclasses.replace(self, networks={}))
-    return json.dumps({**settings, "networks": list(self.networks)})
+    settings["networks"] = list(self.networks)
+    return json.dumps(settings, sort_keys=True)
 
   def problems(self) -> str:
     """What is missing, extra or misshapen; "" for nothing."""
