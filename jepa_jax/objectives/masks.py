@@ -246,22 +246,26 @@ def _multi_block(
   enough.
   """
   _, target = settings.shapes(released=False)
-  first, legal = _attempt_corrected(settings, xp, image_key, 0)
+  number = np.arange(_CORRECTED_ROUNDS, dtype=np.uint32)[:, None]
+  key = words.fold(xp, image_key, number)  # [rounds, B]
+  first, legal = _attempt_corrected(settings, xp, key[0])
 
   def choose(keep, new, old):
     column = lambda x: xp.reshape(keep, (-1,) + (1,) * (len(x.shape) - 1))
     return tuple(xp.where(column(a), a, b) for a, b in zip(new, old))
 
   def repeat():
-    result, done = first, legal
-    for number in range(1, _CORRECTED_ROUNDS):
-      again, again_legal = _attempt_corrected(settings, xp, image_key, number)
-      result = choose(done, result, again)
-      done = done | again_legal
-    copies = [xp.broadcast_to(x[:, :1], x.shape) for x in result[:3]]
+    more, also_legal = _attempt_corrected(
+        settings, xp, xp.reshape(key[1:], (-1,))
+    )
+    rounds = lambda x: xp.reshape(x, (_CORRECTED_ROUNDS - 1, -1, *x.shape[1:]))
+    more, also_legal = [rounds(x) for x in more], rounds(also_legal)
+    copies = [xp.broadcast_to(x[:, :1], x.shape) for x in first[:3]]
     free = blocks.uncovered(xp, blocks.Blocks(target, *copies))[0][:, None]
-    free = xp.broadcast_to(free, result[3].shape)
-    return choose(done, result, (*copies, free))
+    result = (*copies, xp.broadcast_to(free, first[3].shape))
+    for i in reversed(range(_CORRECTED_ROUNDS - 1)):
+      result = choose(also_legal[i], [x[i] for x in more], result)
+    return choose(legal, first, result)
 
   *placed, allowed = _cond(xp, xp.all(legal), lambda: first, repeat)
   shape = (-1, settings.num_contexts, math.prod(settings.grid))
@@ -269,10 +273,9 @@ def _multi_block(
 
 
 def _attempt_corrected(
-    settings: Settings, xp: Any, image_key: Array, number: int
+    settings: Settings, xp: Any, key: Array
 ) -> tuple[tuple[Array, ...], Array]:
   """One draw: (targets' shape, top, left [B, M], contexts [B, S, H, W]), legal."""
-  key = words.fold(xp, image_key, np.asarray([number], np.uint32))
   random = words.draw(
       xp, key, 3 * (settings.num_contexts + settings.num_targets)
   )
