@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import pathlib
@@ -143,7 +144,9 @@ def check_agreement(settings, grid, count, *, seed, step, epoch, first):
   options = {"seed": seed, "step": step, "epoch": epoch}
   expected = draw(settings, grid, count, first=first, **options)
 
-  @jax.jit
+  @functools.partial(
+      jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  )
   def in_jax(step, epoch, index):
     return masks.sample(
         settings, grid, seed=seed, step=step, epoch=epoch, index=index
