@@ -1,6 +1,6 @@
 """What both foreign formats share: strictness, and errors of one line."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 from typing import Any
 
@@ -40,11 +40,25 @@ def to_foreign(
 def from_foreign(
     found: Weights,
     tables: Mapping[str, tuple[table.Row, ...]],
-    sources: Mapping[str, Mapping[str, Any]],
+    open_source: Callable[[str], Mapping[str, Any]],
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     labels: Mapping[str, str],
 ) -> Weights:
-  """Reads networks through their tables, once all keys and shapes fit."""
+  """Reads networks through their tables, once all keys and shapes fit.
+
+  Args:
+    found: settings, still without networks.
+    tables: name of each network -> its rows.
+    open_source: name of a network -> foreign key -> array.
+    shapes: name of each network -> foreign key -> shape.
+    labels: what stands before the keys of each network in an error.
+
+  Returns:
+    The weights with their networks.
+
+  Raises:
+    ValueError: lists all missing, extra and misshapen keys.
+  """
   problems = []
   for name, rows in tables.items():
     # Zeros without memory, in the shapes that the settings ask for.
@@ -64,7 +78,7 @@ def from_foreign(
   for name, rows in tables.items():
     kind = found.predictor if name == "predictor" else found.encoder
     found.networks[name] = table.from_foreign(
-        sources[name], rows, kind["depth"]
+        open_source(name), rows, kind["depth"]
     )
   return weights_lib.settle_positions(found)
 

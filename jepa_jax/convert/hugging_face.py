@@ -80,7 +80,7 @@ def read(folder: pathlib.Path, which: str) -> Weights:
     return checked.from_foreign(
         found,
         {name: table.HUGGING_FACE_ENCODER},
-        {name: _Slices(source)},
+        lambda _: _Slices(source),
         {name: shapes},
         {name: ""},
     )

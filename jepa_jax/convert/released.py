@@ -51,9 +51,9 @@ class _Tensors(Mapping[str, np.ndarray]):
 
   def __init__(self, tensors: Mapping[str, Any]):
     # Data-parallel training prefixes every key.
-    strip = all(key.startswith("module.") for key in tensors)
+    strip = all(str(key).startswith("module.") for key in tensors)
     self._tensors = {
-        key.removeprefix("module.") if strip else key: value
+        str(key).removeprefix("module.") if strip else str(key): value
         for key, value in tensors.items()
     }
 
@@ -109,30 +109,32 @@ def read(
   checkpoint = _load_torch(path)
   keys = checkpoint.keys() if isinstance(checkpoint, Mapping) else ()
   wanted = _NETWORKS if which == "all" else (which,)
-  there = {
-      name: _Tensors(checkpoint[_NETWORKS[name]])
+  shapes = {
+      name: _Tensors(checkpoint[_NETWORKS[name]]).shapes()
       for name in wanted
       if _NETWORKS[name] in keys
       and isinstance(checkpoint[_NETWORKS[name]], Mapping)
   }
-  if not there.keys() - {"predictor"}:
+  if not shapes.keys() - {"predictor"}:
     raise ValueError(
         f'it has no "{_NETWORKS.get(which, "target_encoder")}"; its keys: '
         f"{', '.join(map(str, list(keys)[:12])) or 'none'}"
     )
-  first = next(name for name in there if name != "predictor")
-  settings = _infer_encoder(there[first].shapes(), num_heads)
+  # Networks are read one by one: mapping the file anew for each lets go of
+  # the pages of the one before.
+  del checkpoint, keys
+  first = next(name for name in shapes if name != "predictor")
+  settings = _infer_encoder(shapes[first], num_heads)
   predictor = None
-  if "predictor" in there:
-    predictor = _infer_predictor(there["predictor"].shapes())
+  if "predictor" in shapes:
+    predictor = _infer_predictor(shapes["predictor"])
     predictor["num_heads"] = predictor_heads or settings["encoder"]["num_heads"]
-  found = Weights(networks={}, predictor=predictor, **settings)
   return checked.from_foreign(
-      found,
-      {name: _rows(name) for name in there},
-      there,
-      {n: source.shapes() for n, source in there.items()},
-      {n: f"{_NETWORKS[n]}: " for n in there},
+      Weights(networks={}, predictor=predictor, **settings),
+      {name: _rows(name) for name in shapes},
+      lambda name: _Tensors(_load_torch(path)[_NETWORKS[name]]),
+      shapes,
+      {name: f"{_NETWORKS[name]}: " for name in shapes},
   )
 
 

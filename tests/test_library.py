@@ -1,0 +1,343 @@
+"""The library: load, encode, predict, warm-start, bridge, export."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jepa_jax
+from jepa_jax import convert
+from jepa_jax import models
+from jepa_jax import pretrained
+from jepa_jax.objectives import ijepa
+from jepa_jax.training import program
+from test_convert import make
+from test_convert import one_device
+from test_convert import tiny_config
+from test_convert import workdir  # noqa: F401, a fixture
+
+GRID = (3, 5)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """An export with all networks, and its weights."""
+  weights = make("target", "context", "predictor")
+  path = tmp_path_factory.mktemp("export") / "all.npz"
+  convert.write(weights, path)
+  return path, weights
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+  return jepa_jax.load(exported[0])
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (3, 12, 20, 3), np.uint8)
+
+
+def normalized(images):
+  """As the weights of `make` want it, written independently."""
+  return (images / 255.0 - [0.1, 0.2, 0.3]) / [0.4, 0.5, 0.6]
+
+
+def test_importing_loads_no_framework():
+  code = textwrap.dedent("""
+      import sys
+      import jepa_jax
+      assert jepa_jax.__version__ and "load" in dir(jepa_jax)
+      heavy = {"jax", "flax", "tensorflow", "torch", "transformers"}
+      assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+      jepa_jax.load
+      heavy = {"tensorflow", "torch", "transformers"}
+      assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+      try:
+        jepa_jax.lode
+      except AttributeError as error:
+        assert "lode" in str(error)
+      else:
+        raise AssertionError
+  """)
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_parts_are_plain_flax(model, exported, images):
+  module, params, preprocessing = model
+  assert model.which == "target"
+  x = preprocessing(images)
+  np.testing.assert_allclose(x, normalized(images), atol=1e-5)
+  features = module.apply({"params": params}, x)
+  _, weights = exported
+  expected = weights.module("target").apply(
+      {"params": weights.networks["target"]}, x
+  )
+  np.testing.assert_array_equal(features, expected)
+  np.testing.assert_array_equal(preprocessing(x), x)  # floats are normalised
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_encode_pools_patches_or_keeps_their_grid(layers, model, images):
+  maps = model.encode(images, layers=layers, pool=None)
+  assert maps.shape == (3, *GRID, layers * 28)
+  assert maps.dtype == jnp.float32
+  pooled = model.encode(images, layers=layers)
+  np.testing.assert_allclose(pooled, maps.mean(axis=(1, 2)), atol=1e-5)
+  patches = model.module.apply(
+      {"params": model.params}, model.preprocessing(images), layers=layers
+  )
+  np.testing.assert_allclose(
+      maps.reshape(3, 15, -1), patches, atol=2e-5, rtol=1e-4
+  )
+  # The last layer stands last.
+  last = model.encode(images, pool=None)
+  np.testing.assert_allclose(maps[..., -28:], last, atol=2e-5, rtol=1e-4)
+
+
+def test_encode_tells_target_from_context(model, exported, images):
+  target, context = (model.encode(images, w) for w in ("target", "context"))
+  assert np.abs(target - context).max() > 0.1
+  np.testing.assert_array_equal(model.encode(images), target)
+  chosen = jepa_jax.load(exported[0], "context")
+  np.testing.assert_array_equal(chosen.encode(images), context)
+
+
+def test_encode_in_batches_compiles_once(model, images):
+  whole = model.encode(images)
+  before = pretrained._encode._cache_size()
+  parts = model.encode(images, batch_size=2)
+  assert pretrained._encode._cache_size() == before + 1
+  np.testing.assert_allclose(parts, whole, atol=1e-5)
+  model.encode(images[:1], batch_size=2)
+  assert pretrained._encode._cache_size() == before + 1
+
+
+def test_half_precision_is_close(exported, images):
+  half = jepa_jax.load(exported[0], dtype="bfloat16", scan=True)
+  whole = jepa_jax.load(exported[0])
+  got, expected = (m.encode(images) for m in (half, whole))
+  assert got.dtype == jnp.float32
+  error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+  assert 1e-5 < error < 0.05
+
+
+def test_other_sizes_get_positions_of_their_own(model):
+  images = np.zeros((2, 8, 24, 3), np.uint8)
+  assert model.encode(images, pool=None).shape == (2, 2, 6, 28)
+
+
+def test_stored_positions_are_of_one_grid(tmp_path, images):
+  weights = make("target", stored=True)
+  convert.write(weights, tmp_path / "e.npz")
+  model = jepa_jax.load(tmp_path / "e.npz")
+  assert model.encode(images, pool=None).shape == (3, *GRID, 28)
+  with pytest.raises(ValueError, match="2x6 patches but.*3x5.*bicubic"):
+    model.encode(np.zeros((2, 8, 24, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(which="teacher"), 'no "teacher".*context, predictor, target'),
+        (dict(pool="max"), 'unknown pool "max"'),
+        (dict(layers=4), "last 4 layers were asked of 3"),
+        (dict(images=np.zeros((12, 20, 3), np.uint8)), "need to be"),
+        (dict(images=np.zeros((1, 12, 20, 1), np.uint8)), "H, W, 3"),
+        (dict(images=np.zeros((1, 13, 20, 3), np.uint8)), "patch size 4"),
+    ],
+)
+def test_encode_says_what_is_wrong(arguments, message, model, images):
+  with pytest.raises(ValueError, match=message):
+    model.encode(**dict(images=images) | arguments)
+
+
+def test_predict_any_patches_from_any_others(model, exported, images):
+  rng = np.random.default_rng(0)
+  draw = lambda blocks, k: np.stack([
+      [rng.permutation(15)[:k] for _ in range(blocks)] for _ in images
+  ])
+  context_ids, target_ids = draw(2, 7), draw(3, 4)
+  got = model.predict(images, context_ids, target_ids)
+  assert got.shape == (3, 2, 3, 4, 28)
+  _, weights = exported
+  context = weights.module("context").apply(
+      {"params": weights.networks["context"]},
+      normalized(images).astype(np.float32),
+      context_ids,
+  )
+  expected = weights.module("predictor").apply(
+      {"params": weights.networks["predictor"]},
+      context, context_ids, target_ids, GRID,
+  )  # fmt: skip
+  np.testing.assert_allclose(got, expected, atol=1e-3, rtol=1e-3)
+  # One block an image needs no axis of its own; padding changes nothing.
+  single = model.predict(images, context_ids[:, 0], target_ids[:, 1])
+  np.testing.assert_allclose(
+      single[:, 0, 0], got[:, 0, 1], atol=1e-3, rtol=1e-3
+  )
+  padded = np.pad(context_ids[:, 0], [(0, 0), (0, 2)])
+  valid = np.arange(9) < np.full((3, 1), 7)
+  masked = model.predict(images, padded, target_ids[:, 1], valid)
+  np.testing.assert_allclose(masked, single, atol=1e-3, rtol=1e-3)
+
+
+def test_predict_says_what_is_wrong(model, images, tmp_path):
+  ids = np.zeros((3, 2), int)
+  with pytest.raises(ValueError, match=r"target_ids.*\[0, 15\)"):
+    model.predict(images, ids, ids + 15)
+  with pytest.raises(ValueError, match=r"context_ids.*\[3, blocks, patches\]"):
+    model.predict(images, ids[:2], ids)
+  convert.write(make("target"), tmp_path / "e.npz")
+  with pytest.raises(ValueError, match="no predictor"):
+    jepa_jax.load(tmp_path / "e.npz").predict(images, ids, ids)
+
+
+def test_a_run_loads_as_it_evaluates(workdir):  # noqa: F811
+  folder, state = workdir
+  model = jepa_jax.load(folder)
+  images = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+  config = tiny_config()
+  objective = program.build(config, one_device()).objective
+  target = jax.tree.map(lambda x: 2 * x, state.target_params["encoder"])
+  expected = objective.encoder.apply(
+      {"params": target},
+      ijepa.normalize_images(images, config.data.mean, config.data.std),
+  ).mean(axis=1)
+  np.testing.assert_allclose(model.encode(images), expected, atol=1e-5)
+  assert model.predictor is not None
+
+
+def test_the_bridge_to_nnx_runs(model, images):
+  """The module's docstring shows it; what it shows is what runs."""
+  text = pretrained.__doc__.partition("flax.nnx:\n")[2]
+  module, params, preprocessing = model
+  names = dict(
+      jax=jax, module=module, params=params, preprocessing=preprocessing,
+      images=images,
+  )  # fmt: skip
+  exec(textwrap.dedent(text), names)
+  expected = module.apply({"params": params}, preprocessing(images))
+  np.testing.assert_allclose(names["patches"], expected, atol=1e-5)
+
+
+def test_an_exported_encoder_needs_nothing_of_ours(model, images, tmp_path):
+  model.export(tmp_path / "out", layers=2)
+  np.save(tmp_path / "images.npy", images)
+  code = textwrap.dedent("""
+      import sys
+      import jax
+      import numpy as np
+      exported = jax.export.deserialize(
+          open("out/encoder.stablehlo", "rb").read())
+      params = dict(np.load("out/encoder.npz"))
+      images = np.load("images.npy")
+      features = exported.call(params, images)
+      assert exported.call(params, images[:1]).shape[0] == 1
+      assert not any("jepa" in name or "flax" in name for name in sys.modules)
+      np.save("features.npy", features)
+  """)
+  subprocess.run(
+      [sys.executable, "-I", "-c", code], check=True, cwd=tmp_path
+  )
+  features = np.load(tmp_path / "features.npy")
+  np.testing.assert_allclose(
+      features, model.encode(images, layers=2), atol=1e-4, rtol=1e-4
+  )
+  with pytest.raises(ValueError, match="exists"):
+    model.export(tmp_path / "out")
+
+
+# Warm starts.
+
+
+@pytest.fixture(scope="module")
+def fresh():
+  built = program.build(tiny_config(), one_device())
+  return built, built.init(0)
+
+
+def start_weights(*networks, **encoder):
+  """Weights that fit the tiny config."""
+  weights = make(*networks, grid=(6, 6), depth=2, **encoder)
+  if weights.predictor is not None:
+    weights.predictor.update(depth=1, mlp_ratio=4.0)
+    weights.networks.update(
+        make("predictor", grid=(6, 6)).networks
+    )
+    from jepa_jax.convert import weights as weights_lib
+
+    weights.networks["predictor"] = jax.tree.map(
+        lambda s: np.full(s.shape, 0.5, np.float32),
+        weights_lib.abstract(weights, "predictor"),
+    )
+  return weights
+
+
+def same(one, other):
+  return jax.tree.all(
+      jax.tree.map(lambda a, b: np.array_equal(a, b), one, dict(other))
+  )
+
+
+@pytest.mark.parametrize("which", ["target", "context", "all"])
+def test_warm_start_puts_networks_in_their_places(which, fresh, tmp_path):
+  built, state = fresh
+  weights = start_weights("target", "context", "predictor")
+  convert.write(weights, tmp_path / "w.npz")
+  warm = jepa_jax.warm_start(state, tmp_path / "w.npz", which=which)
+  online = "context" if which == "all" else which
+  target = "target" if which == "all" else which
+  networks = weights.networks
+  assert same(networks[online], warm.params["encoder"])
+  assert same(networks[target], warm.target_params["encoder"])
+  predictor = (
+      networks["predictor"] if which == "all" else state.params["predictor"]
+  )
+  assert same(predictor, warm.params["predictor"])
+  assert int(warm.step) == 0
+  for leaf, spec in zip(
+      jax.tree.leaves(warm), jax.tree.leaves(built.state_spec)
+  ):
+    assert (leaf.shape, leaf.dtype) == (spec.shape, spec.dtype)
+    assert leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim)
+
+
+def test_warm_start_is_strict_unless_told(fresh, tmp_path, caplog):
+  _, state = fresh
+  convert.write(start_weights("target", mlp_ratio=1.0), tmp_path / "w.npz")
+  with pytest.raises(ValueError) as caught:
+    jepa_jax.warm_start(state, tmp_path / "w.npz")
+  message = str(caught.value)
+  assert "transformer/blocks/fc1/kernel is [2, 28, 28], not [2, 28, 58]" in (
+      message
+  )
+  assert "init_strict" in message and "\n" not in message
+  warm = jepa_jax.warm_start(state, tmp_path / "w.npz", strict=False)
+  assert "leaves as it was" in caplog.text and "fc1/kernel" in caplog.text
+  fc1 = lambda s: s.params["encoder"]["transformer"]["blocks"]["fc1"]["kernel"]
+  np.testing.assert_array_equal(fc1(warm), fc1(state))
+  norm = lambda p: p["norm"]["scale"]
+  assert not np.array_equal(
+      norm(warm.params["encoder"]), norm(state.params["encoder"])
+  )
+  with pytest.raises(ValueError, match='no "context"'):
+    jepa_jax.warm_start(state, tmp_path / "w.npz", which="all")
+
+
+def test_warm_start_takes_no_foreign_positions(fresh, tmp_path):
+  _, state = fresh
+  weights = start_weights("target", stored=True)
+  convert.write(weights, tmp_path / "far.npz")
+  with pytest.raises(ValueError, match="extra: positions"):
+    jepa_jax.warm_start(state, tmp_path / "far.npz")
+  near = models.sincos_positions((6, 6), 28).astype(jnp.bfloat16)
+  weights.networks["target"]["positions"] = near.astype(np.float32)
+  convert.write(weights, tmp_path / "near.npz")
+  warm = jepa_jax.warm_start(state, tmp_path / "near.npz")
+  assert "positions" not in warm.params["encoder"]
