@@ -38,6 +38,7 @@ def defaults() -> ml_collections.ConfigDict:
   c.data.split = "train"  # TFDS split; slices such as train[:1%] too
   c.data.data_dir = ""  # where TFDS keeps its data; "": its default
   c.data.num_examples = 0  # images an epoch; 0: count them
+  c.data.num_scenes = (8000, 2000)  # rendered for train and test ("scenes")
   c.data.image_size = 224  # side in pixels, after cropping
   c.data.channels = 3  # 1: grey, 3: colour
   c.data.mean = (0.485, 0.456, 0.406)  # a channel, on a scale of 0 to 1

@@ -6,12 +6,13 @@ record numbers, and a resumed run seeks instead of reading again.
 """
 
 import collections
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import os
 import pathlib
 import struct
 import threading
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -259,8 +260,12 @@ def _open_folder(config: Any, split: str) -> Source:
 def _open_scenes(config: Any, split: str) -> Source:
   from jepa_jax.data import scenes  # a builder registers itself on import
 
+  num_train, num_test = config.num_scenes
   builder = scenes.prepare(
-      config.data_dir or None, image_size=config.image_size
+      config.data_dir or None,
+      image_size=config.image_size,
+      num_train=num_train,
+      num_test=num_test,
   )
   return TfdsSource(builder, split)
 
