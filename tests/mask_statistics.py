@@ -27,10 +27,10 @@ import math
 import sys
 from typing import Any
 
-from jepa_jax.objectives import blocks
-from jepa_jax.objectives import masks
 import numpy as np
 import scipy.stats
+
+from jepa_jax.objectives import blocks, masks
 
 LEVEL = 1e-3  # probability that a right sampler fails a file
 OVERSAMPLING = 10
@@ -83,9 +83,8 @@ def _compare_grid(
       grid,
       released=sampler == "released",
   )
-  rows = [
-      _shapes_row(shapes.frequencies(), entry["target_block_shape_frequency"], n)
-  ]
+  counts = entry["target_block_shape_frequency"]
+  rows = [_shapes_row(shapes.frequencies(), counts, n)]
   sizes, expected = context.sum(2).mean(1), entry["context_tokens"]
   rows += _moments("context tokens", sizes, expected, n)
   rows += _quantiles(context.sum(2).reshape(-1), expected, n)

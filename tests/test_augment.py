@@ -1,45 +1,18 @@
+import colorsys
 import io
 import math
-import struct
 import types
 
 import numpy as np
-from PIL import Image
-from PIL import ImageOps
+from PIL import Image, ImageOps
 import pytest
+import scipy.ndimage
 import tensorflow as tf
+import test_decode
 
-from jepa_jax.data import augment
+from jepa_jax.data import augment, decode
 
-HEIGHT, WIDTH = 45, 70
-
-
-def picture(height=HEIGHT, width=WIDTH):
-  """Smooth colours, so that encoders lose little; no symmetry."""
-  y, x = np.mgrid[:height, :width]
-  channels = (3 * x, 4 * y, 255 - x - 2 * y)
-  return np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8)
-
-
-def encode(image=None, encoding="PNG", mode="RGB", **options):
-  file = io.BytesIO()
-  image = Image.fromarray(picture() if image is None else image).convert(mode)
-  if encoding == "JPEG":
-    options = {"quality": 95, "subsampling": 0, **options}
-  image.save(file, encoding, **options)
-  return file.getvalue()
-
-
-def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
-  box = (0, 0, HEIGHT, WIDTH) if box is None else box
-  return augment.decode_crop(
-      tf.constant(data),
-      tf.constant(box, tf.int32),
-      tf.constant(np.asarray(turn, bool)),
-      image_size=size,
-      channels=channels,
-      encoding=encoding,
-  ).numpy()
+HEIGHT, WIDTH = test_decode.HEIGHT, test_decode.WIDTH
 
 
 def config(**changes):
@@ -62,146 +35,22 @@ def crops(settings, sizes, orientations=None, seed=0, epoch=0, first=0):
   )
 
 
-# --- headers ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "encoding, options",
-    [
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-        ("PNG", {}),
-        ("GIF", {}),
-        ("BMP", {}),
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("WEBP", {"exif": b"Exif\0\0"}),
-    ],
-)
-def test_header_tells_format_and_size(encoding, options):
-  header = augment.read_header(encode(encoding=encoding, **options))
-  assert header == augment.Header(encoding.lower(), HEIGHT, WIDTH, 1)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_header_tells_the_exif_orientation(orientation):
-  exif = Image.Exif()
-  exif[0x0110] = "a camera"
-  exif[0x0112] = orientation
-  header = augment.read_header(encode(encoding="JPEG", exif=exif.tobytes()))
-  assert header.orientation == orientation
-
-
-def png_of_size(height, width):
-  ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + bytes(40)
-
-
-@pytest.mark.parametrize(
-    "data, reason",
-    [
-        (b"", "empty"),
-        (b"not an image at all", "not a JPEG"),
-        (b"<html>" * 30, "not a JPEG"),
-        (encode(encoding="JPEG")[:30], "cut within its header"),
-        (encode(encoding="JPEG")[:-400], "cut before its end"),
-        (encode()[:18], "cut within its header"),
-        (png_of_size(30_000, 30_000), "30000 x 30000"),
-        (png_of_size(0, 5), "of 0 x 5"),
-        (b"\xff\xd8\xff\xd9", "without a frame"),
-        (b"\xff\xd8\x00\x00\x00\x00\x00", "broken header"),
-    ],
-)
-def test_header_refuses_what_is_no_image(data, reason):
-  with pytest.raises(ValueError, match=reason):
-    augment.read_header(data)
-  assert reason in augment.diagnose(data)
-
-
-def test_damage_past_the_header_is_diagnosed():
-  assert augment.diagnose(encode()[:-60]) == "damaged PNG data"
-
-
-# --- decoding ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("encoding", [None, "png"])
-@pytest.mark.parametrize("box", [(0, 0, 45, 70), (10, 3, 30, 61), (5, 6, 9, 8)])
-def test_crop_and_resize_as_pil_does_it(box, encoding):
-  top, left, height, width = box
-  expected = Image.fromarray(picture()).crop(
-      (left, top, left + width, top + height)
-  )
-  expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
-  got = cut(encode(), box, encoding=encoding)
-  assert got.dtype == np.uint8 and got.shape == (20, 20, 3)
-  assert np.abs(got.astype(int) - expected).max() <= 1
-
-
-def test_jpeg_decodes_the_crop_alone_and_the_same():
-  data, box = encode(encoding="JPEG"), (7, 9, 31, 50)
-  whole = tf.io.decode_jpeg(data).numpy()
-  expected = cut(encode(whole), box)
-  assert np.abs(cut(data, box).astype(int) - expected).max() <= 1
-  np.testing.assert_array_equal(cut(data, box), cut(data, box, encoding="jpeg"))
-
-
-def test_same_size_is_the_same_image():
-  data = encode(picture(20, 20))
-  np.testing.assert_array_equal(cut(data, (0, 0, 20, 20)), picture(20, 20))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "encoding, mode",
-    [
-        ("JPEG", "RGB"),
-        ("JPEG", "L"),
-        ("JPEG", "CMYK"),
-        ("PNG", "RGB"),
-        ("PNG", "L"),
-        ("PNG", "LA"),
-        ("PNG", "RGBA"),
-        ("PNG", "P"),
-        ("PNG", "1"),
-        ("GIF", "P"),
-        ("BMP", "RGB"),
-        ("WEBP", "RGB"),
-        ("WEBP", "RGBA"),
-    ],
-)
-def test_any_kind_of_image_gets_the_channels_asked_for(encoding, mode, channels):
-  data = encode(encoding=encoding, mode=mode)
-  expected = Image.open(io.BytesIO(data)).convert("RGB")
-  expected = expected.convert("L" if channels == 1 else "RGB")
-  expected = expected.resize((20, 20), Image.Resampling.BILINEAR)
-  expected = np.asarray(expected, int).reshape(20, 20, channels)
-  got = cut(data, channels=channels)
-  assert got.shape == (20, 20, channels)
-  assert np.abs(got - expected).mean() < 2
-
-
-def test_sixteen_bits_become_the_high_eight():
-  values = np.arange(20 * 20, dtype=np.uint16).reshape(20, 20) * 160
-  file = io.BytesIO()
-  Image.fromarray(values).save(file, "PNG")
-  got = cut(file.getvalue(), (0, 0, 20, 20), channels=1)
-  assert np.abs(got[..., 0].astype(int) - values // 257).max() <= 1
+# --- orientation ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_undone(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  data = encode(encoding="JPEG", exif=exif.tobytes())
+  data = test_decode.encode(encoding="JPEG", exif=exif.tobytes())
   upright = Image.open(io.BytesIO(data))
   upright = ImageOps.exif_transpose(upright)
-  header = augment.read_header(data)
+  header = decode.read_header(data)
   chosen = augment.central_crops(
       np.asarray([[header.height, header.width]]),
       np.asarray([header.orientation]),
   )
-  got = cut(data, chosen.boxes[0], chosen.turns[0])
+  got = test_decode.cut(data, chosen.boxes[0], chosen.turns[0])
   width, height = upright.size
   side = min(width, height)
   top, left = (height - side) // 2, (width - side) // 2
@@ -215,7 +64,7 @@ def test_exif_rotation_is_undone(orientation):
 def test_random_boxes_are_those_of_the_image_as_displayed(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  data = encode(encoding="JPEG", exif=exif.tobytes())
+  data = test_decode.encode(encoding="JPEG", exif=exif.tobytes())
   stored, shown = (HEIGHT, WIDTH), (HEIGHT, WIDTH)
   if orientation >= 5:
     shown = (WIDTH, HEIGHT)
@@ -224,7 +73,7 @@ def test_random_boxes_are_those_of_the_image_as_displayed(orientation):
   upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
   expected = upright.crop((left, top, left + width, top + height))
   expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
-  got = cut(data, chosen.boxes[0], chosen.turns[0])
+  got = test_decode.cut(data, chosen.boxes[0], chosen.turns[0])
   assert np.abs(got.astype(int) - expected).mean() < 1.5
 
 
@@ -285,10 +134,100 @@ def test_flip_mirrors_half_of_the_images_and_keeps_the_boxes():
   assert not plain.turns.any()
   assert not flipped.turns[:, :2].any()
   assert abs(flipped.turns[:, 2].mean() - 0.5) < 5 * math.sqrt(0.25 / 4000)
-  mirrored = cut(encode(), turn=(0, 0, 1))
-  np.testing.assert_array_equal(mirrored, cut(encode())[:, ::-1])
+  data = test_decode.encode()
+  mirrored = test_decode.cut(data, turn=(0, 0, 1))
+  np.testing.assert_array_equal(mirrored, test_decode.cut(data)[:, ::-1])
 
 
 def test_central_crops_are_the_largest_central_squares():
   chosen = augment.central_crops(np.asarray([[5, 9], [8, 3]]), np.ones(2, int))
   np.testing.assert_array_equal(chosen.boxes, [[0, 2, 5, 5], [2, 0, 3, 3]])
+
+
+# --- colours ----------------------------------------------------------------
+
+
+def colors(count=4000, **changes):
+  settings = {"color_jitter": 0.5, "blur": 0.0, "image_size": 224, **changes}
+  return augment.random_colors(
+      types.SimpleNamespace(**settings),
+      seed=0,
+      epoch=np.zeros(count),
+      index=np.arange(count),
+  )
+
+
+def distort(image, color, **changes):
+  settings = {"color_jitter": 1.0, "blur": 1.0, "image_size": 224, **changes}
+  return augment.distort(
+      tf.constant(image, tf.float32),
+      tf.constant(color, tf.float32),
+      types.SimpleNamespace(**settings),
+  ).numpy()
+
+
+NONE = (1, 1, 1, 0, 0, 0)  # brightness, contrast, saturation, hue, grey, sigma
+
+
+def test_colour_jitter_changes_four_fifths_within_its_range():
+  drawn = colors()
+  changed = (drawn[:, :4] != NONE[:4]).any(1)
+  assert abs(changed.mean() - 0.8) < 5 * math.sqrt(0.16 / 4000)
+  assert abs(drawn[:, 4].mean() - 0.2) < 5 * math.sqrt(0.16 / 4000)
+  for column in drawn[:, :3].T:
+    assert 0.6 <= column.min() < 0.62 and 1.38 < column.max() <= 1.4
+  assert -0.1 <= drawn[:, 3].min() < -0.09 and 0.09 < drawn[:, 3].max() <= 0.1
+  assert (drawn[:, 5] == 0).all()
+  assert np.abs(np.corrcoef(drawn[:, :4].T) - np.eye(4)).max() < 0.6
+
+
+def test_blur_alone_changes_no_colour():
+  drawn = colors(color_jitter=0.0, blur=0.3)
+  assert (drawn[:, :5] == NONE[:5]).all()
+  blurred = drawn[:, 5] > 0
+  assert abs(blurred.mean() - 0.3) < 5 * math.sqrt(0.21 / 4000)
+  assert drawn[blurred, 5].min() >= 0.1 and drawn[:, 5].max() <= 2
+  small = colors(color_jitter=0.0, blur=0.3, image_size=56)
+  np.testing.assert_allclose(small[:, 5], drawn[:, 5] / 4, rtol=1e-5)
+
+
+def test_a_colour_depends_on_the_image_alone():
+  np.testing.assert_array_equal(colors(4000)[:7], colors(7))
+
+
+def test_neutral_values_leave_an_image_as_it_is():
+  image = test_decode.picture().astype(np.float32)
+  np.testing.assert_allclose(distort(image, NONE), image, atol=0.01)
+
+
+def test_each_change_is_the_one_it_is_named_after():
+  image = test_decode.picture(9, 11).astype(np.float32)
+  grey = image @ np.asarray([[0.299], [0.587], [0.114]])
+  blend = lambda base, share: np.clip(base + share * (image - base), 0, 255)
+  expected = {
+      (1.3, 1, 1, 0, 0, 0): np.clip(1.3 * image, 0, 255),
+      (1, 0.4, 1, 0, 0, 0): blend(grey.mean(), 0.4),
+      (1, 1, 0.4, 0, 0, 0): blend(grey, 0.4),
+      (1, 1, 1, 0, 1, 0): np.repeat(grey, 3, -1),
+  }
+  for color, wanted in expected.items():
+    np.testing.assert_allclose(distort(image, color), wanted, atol=0.02)
+  turned = distort(image, (1, 1, 1, 0.1, 0, 0))[4, 5] / 255
+  hue, saturation, value = colorsys.rgb_to_hsv(*(image[4, 5] / 255))
+  wanted = colorsys.hsv_to_rgb((hue + 0.1) % 1, saturation, value)
+  np.testing.assert_allclose(turned, wanted, atol=1e-3)
+
+
+def test_blur_is_gaussian():
+  image = np.random.default_rng(0).uniform(0, 255, (20, 26, 3))
+  blurred = distort(image, (1, 1, 1, 0, 0, 1.5))
+  wanted = scipy.ndimage.gaussian_filter(
+      image, (1.5, 1.5, 0), mode="mirror", radius=(6, 6, 0)
+  )
+  np.testing.assert_allclose(blurred, wanted, atol=0.05)
+
+
+def test_grey_images_are_distorted_too():
+  image = np.full((8, 8, 1), 100.0)
+  got = distort(image, (1.2, 0.5, 0.3, 0.2, 1, 1))
+  np.testing.assert_allclose(got, 120, atol=0.01)

@@ -227,6 +227,18 @@ def test_grey_is_made_of_colour(folder):
   assert np.abs(batch["image"][..., 0] - grey).max() <= 1
 
 
+def test_colour_jitter_and_blur_change_pixels_and_nothing_else(folder):
+  (plain,) = take(pipeline.train_dataset(config(folder)), 1)
+  settings = config(folder, color_jitter=1.0, blur=0.5)
+  changed, again = (take(pipeline.train_dataset(settings), 1) for _ in "ab")
+  assert_same(changed[0], again[0])
+  assert changed[0].keys() == plain.keys()
+  assert (changed[0]["image"] != plain["image"]).mean() > 0.2
+  np.testing.assert_array_equal(
+      changed[0]["context_ids"], plain["context_ids"]
+  )
+
+
 def test_what_does_not_divide_is_refused(folder):
   with pytest.raises(ValueError, match="batch size 6 .* 4 processes"):
     pipeline.train_dataset(config(folder), process_count=4)

@@ -30,7 +30,8 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    return {"train": self._generate_examples(37), "test": self._generate_examples(5)}
+    counts = {"train": 37, "test": 5}
+    return {k: self._generate_examples(n) for k, n in counts.items()}
 
   def _generate_examples(self, count):
     for i in range(count):

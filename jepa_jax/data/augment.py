@@ -1,22 +1,18 @@
-"""From encoded bytes to one crop of fixed size, uint8.
+"""What is cut from an image, and how its colours change.
 
-Where to crop is decided in NumPy from the image's header, for a whole batch at
-a time, before anything is decoded: so a JPEG is decoded only inside the crop,
-and every random choice is a function of (seed, epoch, image).
+All random choices are made in NumPy, for a whole batch at a time, from words
+that are a function of (seed, epoch, image); only applying them is TensorFlow.
 """
 
 import dataclasses
-import struct
 from typing import Any
 
-from jepa_jax.objectives import words
 import numpy as np
 import tensorflow as tf
 
-MAX_PIXELS = 2**26  # 192 MiB decoded; a larger image is refused unread
+from jepa_jax.objectives import words
 
 _CROP_TRIES = 10
-_LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue, ITU-R BT.601
 # EXIF orientation -> (transpose, then flip rows, then flip columns).
 _TURNS = {
     1: (0, 0, 0),
@@ -28,120 +24,9 @@ _TURNS = {
     7: (1, 1, 1),
     8: (1, 1, 0),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-  """What an image file says of itself: stored size and EXIF orientation."""
-
-  encoding: str
-  height: int
-  width: int
-  orientation: int = 1
-
-
-def read_header(data: bytes) -> Header:
-  """Reads the header of a JPEG, PNG, GIF, BMP or WebP image, whatever its name.
-
-  Raises:
-    ValueError: empty, of another format, cut within the header, or of more
-      than MAX_PIXELS pixels.
-  """
-  if not data:
-    raise ValueError("empty or missing")
-  try:
-    if data.startswith(b"\xff\xd8"):
-      header = _jpeg_header(data)
-    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
-      width, height = struct.unpack_from(">II", data, 16)
-      header = Header("png", height, width)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-      width, height = struct.unpack_from("<HH", data, 6)
-      header = Header("gif", height, width)
-    elif data.startswith(b"BM"):
-      width, height = struct.unpack_from("<ii", data, 18)
-      header = Header("bmp", abs(height), width)
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-      header = _webp_header(data)
-    else:
-      raise ValueError("not a JPEG, PNG, GIF, BMP or WebP image")
-  except (struct.error, IndexError):
-    raise ValueError("cut within its header") from None
-  if header.height < 1 or header.width < 1:
-    raise ValueError(f"of {header.height} x {header.width} pixels")
-  if header.height * header.width > MAX_PIXELS:
-    raise ValueError(
-        f"{header.height} x {header.width} pixels, more than {MAX_PIXELS}"
-    )
-  return header
-
-
-def diagnose(data: bytes) -> str:
-  """Says in a few words why an image could not be decoded."""
-  try:
-    header = read_header(data)
-  except ValueError as error:
-    return str(error)
-  return f"damaged {header.encoding.upper()} data"
-
-
-def _jpeg_header(data: bytes) -> Header:
-  position, orientation = 2, 1
-  while True:
-    if data[position] != 0xFF:
-      raise ValueError("a JPEG with a broken header")
-    marker = data[position + 1]
-    if marker == 0xFF:  # padding
-      position += 1
-      continue
-    position += 2
-    if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # no payload
-      continue
-    if marker in (0xD9, 0xDA):
-      raise ValueError("a JPEG without a frame")
-    (length,) = struct.unpack_from(">H", data, position)
-    if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-      height, width = struct.unpack_from(">HH", data, position + 3)
-      # Without its end marker the image was cut, even if a crop might not
-      # show it. Embedded thumbnails have theirs before this point.
-      if data.rfind(b"\xff\xd9", position) < 0:
-        raise ValueError("a JPEG cut before its end")
-      return Header("jpeg", height, width, orientation)
-    if marker == 0xE1 and data[position + 2 : position + 8] == b"Exif\0\0":
-      orientation = _exif_orientation(data[position + 8 : position + length])
-    position += length
-
-
-def _webp_header(data: bytes) -> Header:
-  kind = data[12:16]
-  if kind == b"VP8X":
-    width = 1 + int.from_bytes(data[24:27], "little")
-    height = 1 + int.from_bytes(data[27:30], "little")
-  elif kind == b"VP8L":
-    (bits,) = struct.unpack_from("<I", data, 21)
-    width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-  else:
-    width, height = (x & 0x3FFF for x in struct.unpack_from("<HH", data, 26))
-  return Header("webp", height, width)
-
-
-def _exif_orientation(tiff: bytes) -> int:
-  """Orientation 1 to 8 of an EXIF block; 1 where it has none or is broken."""
-  order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-  if order is None:
-    return 1
-  try:
-    (start,) = struct.unpack_from(order + "I", tiff, 4)
-    (count,) = struct.unpack_from(order + "H", tiff, start)
-    for i in range(count):
-      tag, _, _, value = struct.unpack_from(
-          order + "HHIH", tiff, start + 2 + 12 * i
-      )
-      if tag == 0x0112:
-        return value if value in _TURNS else 1
-  except struct.error:
-    pass
-  return 1
+_JITTER_SHARE, _GREY_SHARE = 0.8, 0.2  # of the images, with colour jitter on
+_BLUR_SIGMA = (0.1, 2.0)  # pixels, at an image size of 224
+_GREY = np.asarray([[0.299], [0.587], [0.114]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,81 +140,93 @@ def _stored(
   return box.astype(np.int32)
 
 
-def decode_crop(
-    encoded: tf.Tensor,
-    box: tf.Tensor,
-    turn: tf.Tensor,
-    *,
-    image_size: int,
-    channels: int,
-    encoding: str | None = None,
-) -> tf.Tensor:
-  """Decodes, crops and resizes one image.
+def distorts(config: Any) -> bool:
+  """Whether config.data asks for colour jitter or blur."""
+  return bool(config.color_jitter or config.blur)
 
-  Bilinear with antialiasing, as the released code's transforms do it through
-  PIL. Colour and grey convert to each other, CMYK to colour; alpha is dropped
-  and 16 bits become 8.
+
+def random_colors(
+    config: Any, *, seed: int, epoch: np.ndarray, index: np.ndarray
+) -> np.ndarray:
+  """Draws what `distort` needs, for a batch of images.
+
+  With colour jitter of strength s, 80 % of the images change brightness,
+  contrast and saturation by factors uniform in 1 +- .8 s (not below 0), and hue
+  by up to .2 s of the circle (at most half); 20 % turn grey. A share
+  config.blur is blurred, with a deviation of .1 to 2 pixels at 224 pixels.
 
   Args:
-    encoded: scalar string.
-    box: int32 [4]; top, left, height, width in stored pixels.
-    turn: bool [3]; as `Crops.turns`.
-    image_size: side of the result, pixels.
-    channels: 1 or 3.
-    encoding: "jpeg" or "png" where known, None to look.
+    config: config.data.
+    seed: the run's seed.
+    epoch: [B].
+    index: [B] number of each image in its source.
 
   Returns:
-    uint8 [image_size, image_size, channels].
+    float32 [B, 6]: brightness, contrast, saturation, hue, grey, sigma.
+
+  Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
   """
-
-  # Not every format converts colour to grey, so what is unknown is decoded in
-  # colour and made grey in the end.
-  decoded = channels if encoding else 3
-
-  def jpeg():
-    return tf.image.decode_and_crop_jpeg(encoded, box, channels=decoded)
-
-  def png():
-    return _cut(tf.image.decode_png(encoded, channels=decoded), box)
-
-  def other():
-    image = tf.io.decode_image(
-        encoded, channels=decoded, expand_animations=False
-    )
-    return _cut(image, box)
-
-  if encoding == "jpeg":
-    image = jpeg()
-  elif encoding == "png":
-    image = png()
-  else:
-    image = tf.cond(tf.image.is_jpeg(encoded), jpeg, other)
-  size = tf.constant([image_size, image_size])
-  image = tf.raw_ops.ScaleAndTranslate(
-      images=image[None],
-      size=size,
-      scale=tf.cast(size, tf.float32) / tf.cast(box[2:], tf.float32),
-      translation=tf.zeros(2),
-      kernel_type="triangle",
-      antialias=True,
-  )[0]
-  if decoded > channels:
-    image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
-  image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
-  image = tf.ensure_shape(image, (image_size, image_size, channels))
-  return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)
+  key = words.stream_key(seed, words.AUGMENT)
+  for value in (epoch, index, np.ones(1)):  # 1: not the words of the crop
+    key = words.fold(np, key, value.astype(np.uint32))
+  u = words.draw(np, key, 8) / 2.0**32
+  strength = config.color_jitter
+  factor = np.maximum(1 + 0.8 * strength * (2 * u[:, :3] - 1), 0)
+  hue = min(0.2 * strength, 0.5) * (2 * u[:, 3:4] - 1)
+  jitter = u[:, 4:5] < _JITTER_SHARE
+  grey = (u[:, 5:6] < _GREY_SHARE) & (strength > 0)
+  low, high = (x * config.image_size / 224 for x in _BLUR_SIGMA)
+  sigma = np.where(u[:, 6:7] < config.blur, low + u[:, 7:8] * (high - low), 0)
+  parts = (np.where(jitter, factor, 1), np.where(jitter, hue, 0), grey, sigma)
+  return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-  zero = tf.zeros([1], tf.int32)
-  full = tf.shape(image)[2:]
-  return tf.slice(
-      image, tf.concat([box[:2], zero], 0), tf.concat([box[2:], full], 0)
-  )
+def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
+  """Changes the colours of an image and blurs it.
+
+  Differs: torchvision shuffles the order of the four changes.
+
+  Args:
+    image: float32 [H, W, C] on a scale of 0 to 255.
+    color: float32 [6], as `random_colors` gives it.
+    config: config.data.
+
+  Returns:
+    As image.
+  """
+  if config.color_jitter:
+    image = tf.clip_by_value(image * color[0], 0, 255)
+    mean = tf.reduce_mean(_grey(image))
+    image = tf.clip_by_value(mean + (image - mean) * color[1], 0, 255)
+    if image.shape[-1] == 3:
+      grey = _grey(image)
+      image = tf.clip_by_value(grey + (image - grey) * color[2], 0, 255)
+      image = tf.image.adjust_hue(image / 255, color[3]) * 255
+      image = tf.where(color[4] > 0, _grey(image), image)
+  if config.blur:
+    image = _blur(image, color[5], config.image_size)
+  return image
 
 
-def _turn(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
-  """Transposes and flips a square image as `Crops.turns` says."""
-  image = tf.where(turn[0], tf.transpose(image, (1, 0, 2)), image)
-  image = tf.where(turn[1], image[::-1], image)
-  return tf.where(turn[2], image[:, ::-1], image)
+def _grey(image: tf.Tensor) -> tf.Tensor:
+  return tf.linalg.matmul(image, _GREY) if image.shape[-1] == 3 else image
+
+
+def _blur(image: tf.Tensor, sigma: tf.Tensor, image_size: int) -> tf.Tensor:
+  """Gaussian blur with reflected borders; sigma 0 changes nothing."""
+  radius = int(np.ceil(3 * _BLUR_SIGMA[1] * image_size / 224))
+  offsets = np.arange(-radius, radius + 1, dtype=np.float32)
+  kernel = tf.exp(-(offsets**2) / (2 * tf.maximum(sigma, 1e-2) ** 2))
+  kernel = kernel / tf.reduce_sum(kernel)
+  for axis in (0, 1):
+    pads = [[radius, radius] if i == axis else [0, 0] for i in range(3)]
+    padded = tf.pad(image, pads, "REFLECT")
+    length = image.shape[axis]
+    begin = [0, 0, 0]
+    image = 0.0
+    for i in range(2 * radius + 1):
+      begin[axis] = i
+      size = [-1, -1, -1]
+      size[axis] = length
+      image += kernel[i] * tf.slice(padded, begin, size)
+  return image

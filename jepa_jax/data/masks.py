@@ -6,9 +6,10 @@ themselves are the same lines that NumPy and JAX run, and give the same masks.
 
 from typing import Any
 
-from jepa_jax.objectives import masks
 import numpy as np
 import tensorflow as tf
+
+from jepa_jax.objectives import masks
 
 
 class TensorFlow:

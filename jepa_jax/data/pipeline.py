@@ -5,21 +5,21 @@ keyed permutation of record numbers, crops and masks come from counter-based
 words. So hosts agree without talking, and resuming at step s costs one seek.
 """
 
+from collections.abc import Callable, Mapping
 import os
 import threading
-from typing import Any, Callable, Mapping
+from typing import Any
 
-from jepa_jax.data import augment
-from jepa_jax.data import masks as tf_masks
-from jepa_jax.data import sources
-from jepa_jax.objectives import masks
-from jepa_jax.objectives import words
 import numpy as np
 import tensorflow as tf
 
+from jepa_jax.data import augment, decode, sources
+from jepa_jax.data import masks as tf_masks
+from jepa_jax.objectives import masks, words
+
 _ROUNDS = 6  # of the permutation's Feistel network
 _plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
-_CONSUMED = ("encoded", "box", "turn", "record")  # by decoding
+_CONSUMED = ("encoded", "box", "turn", "record", "color")  # by decoding
 
 
 class Unreadable:
@@ -164,7 +164,12 @@ def train_dataset(
     crops = augment.random_crops(
         data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
     )
-    return encoded, crops.boxes, crops.turns, index, epoch
+    plans = (encoded, crops.boxes, crops.turns, index, epoch)
+    if not augment.distorts(data):
+      return plans
+    return *plans, augment.random_colors(
+        data, seed=config.seed, epoch=epoch, index=index
+    )
 
   def finish(step, batch):
     drawn = tf_masks.sample(
@@ -179,6 +184,8 @@ def train_dataset(
     return {"image": tf.gather(batch["image"], stand_in), **drawn}
 
   spec = {"epoch": tf.TensorSpec([share], tf.int64)}
+  if augment.distorts(data):
+    spec["color"] = tf.TensorSpec([share, 6], tf.float32)
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
   dataset = _decoded(steps, plan, spec, source, data, share)
   return _finish(dataset.map(_plain(finish)), data)
@@ -263,14 +270,11 @@ def _decoded(
 ) -> tf.data.Dataset:
   """Reads, decodes and batches what `plan` says of each step.
 
-  A batch is decoded as a whole. Only where that fails is it decoded once more,
-  image by image, to find out what is wrong; so sound data pay nothing.
-
   Args:
     steps: int64 scalars.
     plan: step -> (encoded, box, turn, index, *what `spec` names), of a batch.
     spec: names and types of what plan gives besides.
-    source: where names and labels come from.
+    source: where the images come from.
     config: config.data.
     size: images a batch.
     features: makes more entries from an example of all of the above.
@@ -286,7 +290,6 @@ def _decoded(
       "index": tf.TensorSpec([size], tf.int64),
       **spec,
   }
-  threads = config.threads or os.cpu_count()
 
   def read(step):
     types = [x.dtype for x in spec.values()]
@@ -294,41 +297,66 @@ def _decoded(
     values = zip(spec, values)
     return step, {k: tf.ensure_shape(x, spec[k].shape) for k, x in values}
 
-  def finish(example, image, readable):
-    more = features(example) if features else {}
-    keep = {k: x for k, x in example.items() if k not in _CONSUMED}
+  def example(x, image, readable):
+    more = features(x) if features else {}
+    keep = {k: v for k, v in x.items() if k not in _CONSUMED}
     return {"image": image, "readable": readable, **keep, **more}
 
-  def decode(example):
-    image = augment.decode_crop(
-        example["encoded"],
-        example["box"],
-        example["turn"],
+  def sound(x):
+    distort = None
+    if "color" in x:
+      distort = lambda image: augment.distort(image, x["color"], config)
+    image = decode.decode_crop(
+        x["encoded"],
+        x["box"],
+        x["turn"],
         image_size=config.image_size,
         channels=config.channels,
         encoding=source.encoding,
+        distort=distort,
     )
-    return finish(example, image, tf.constant(True))
+    return example(x, image, tf.constant(True))
 
-  def blank(example):
+  def blank(x):
     shape = [config.image_size, config.image_size, config.channels]
-    return finish(example, tf.zeros(shape, tf.uint8), tf.constant(False))
+    return example(x, tf.zeros(shape, tf.uint8), tf.constant(False))
 
-  def one_by_one(example):
-    image = tf.data.Dataset.from_tensors(example)
-    return image.map(_plain(decode)).ignore_errors().concatenate(image.map(_plain(blank))).take(1)
-
-  def decode_batch(step, batch):
-    images = tf.data.Dataset.from_tensor_slices(batch)
-    whole = images.map(_plain(decode), num_parallel_calls=threads)
-    whole = whole.batch(size, drop_remainder=True).ignore_errors()
-    slow = images.flat_map(_plain(one_by_one)).batch(size, drop_remainder=True)
-    batch = whole.concatenate(slow).take(1)
-    return batch.map(_plain(lambda x: (step, x)))
-
-  return steps.map(_plain(read), num_parallel_calls=2).interleave(
-      _plain(decode_batch), cycle_length=2, num_parallel_calls=2, deterministic=True
+  threads = config.threads or os.cpu_count()
+  decode_batch = lambda step, batch: _decode_batch(
+      step, batch, _plain(sound), _plain(blank), size, threads
   )
+  return steps.map(_plain(read), num_parallel_calls=2).interleave(
+      _plain(decode_batch),
+      cycle_length=2,
+      num_parallel_calls=2,
+      deterministic=True,
+  )
+
+
+def _decode_batch(
+    step: tf.Tensor,
+    batch: dict[str, tf.Tensor],
+    sound: Callable[..., Any],
+    blank: Callable[..., Any],
+    size: int,
+    threads: int,
+) -> tf.data.Dataset:
+  """A data set of one decoded batch.
+
+  The batch is decoded as a whole. Only where that fails is it decoded again,
+  image by image, to find out which are to blame; so sound data pay nothing.
+  """
+
+  def one(x):
+    image = tf.data.Dataset.from_tensors(x)
+    sound_or_none = image.map(sound).ignore_errors()
+    return sound_or_none.concatenate(image.map(blank)).take(1)
+
+  images = tf.data.Dataset.from_tensor_slices(batch)
+  whole = images.map(sound, num_parallel_calls=threads)
+  whole = whole.batch(size, drop_remainder=True).ignore_errors()
+  again = images.flat_map(_plain(one)).batch(size, drop_remainder=True)
+  return whole.concatenate(again).take(1).map(_plain(lambda x: (step, x)))
 
 
 def _headers(
@@ -342,9 +370,9 @@ def _headers(
   headers = []
   for i, data in enumerate(encoded):
     try:
-      headers.append(augment.read_header(data))
+      headers.append(decode.read_header(data))
     except ValueError:
-      headers.append(augment.Header("", 1, 1))
+      headers.append(decode.Header("", 1, 1))
       encoded[i] = b""
   sizes = np.asarray([(x.height, x.width) for x in headers])
   orientations = np.asarray([x.orientation for x in headers])
@@ -364,7 +392,7 @@ def _stand_ins(
     bad = np.flatnonzero(~readable)
     for number in np.unique(index[bad]):
       (record,) = source.images(source.read(np.asarray([number])))
-      unreadable.add(source.name(int(number)), augment.diagnose(record))
+      unreadable.add(source.name(int(number)), decode.diagnose(record))
     good = np.flatnonzero(readable)
     if not len(good):
       unreadable.stop(source.name(int(index[0])), len(index))
@@ -380,7 +408,11 @@ def _stand_ins(
 
 
 def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
-  """(H, W) in patches of a square image; ValueError where it does not divide."""
+  """(H, W) in patches of a square image.
+
+  Raises:
+    ValueError: the image size is not a multiple of the patch size.
+  """
   if image_size % patch_size:
     divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
     near = sorted(sorted(divisors, key=lambda p: abs(p - patch_size))[:2])

@@ -49,7 +49,7 @@ class Shapes:
     return dict(zip(shapes, counts.tolist()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def enumerate_shapes(
     scale: tuple[float, float],
     aspect_ratio: tuple[float, float],

@@ -13,17 +13,17 @@ target, H x W patches of the grid, N = H * W. Ids count in row-major order.
 Reference: Assran et al. 2023, section 3 and table 6, arXiv:2301.08243.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.objectives import blocks
-from jepa_jax.objectives import words
+from jepa_jax.objectives import blocks, words
 
 Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 
@@ -95,7 +95,8 @@ class Draw:
 
 
 def _check_released(settings: Settings) -> None:
-  for name, shapes in zip(("context", "target"), settings.shapes(released=True)):
+  context, target = settings.shapes(released=True)
+  for name, shapes in (("context", context), ("target", target)):
     least = shapes.areas.min()
     if least <= settings.min_keep:
       raise settings.no_mask(
@@ -275,20 +276,26 @@ def _multi_block(
 def _attempt_corrected(
     settings: Settings, xp: Any, key: Array
 ) -> tuple[tuple[Array, ...], Array]:
-  """One draw: (targets' shape, top, left [B, M], contexts [B, S, H, W]), legal."""
+  """One draw: targets' (shape, top, left), [B, M] each, and contexts.
+
+  Returns:
+    (shape, top, left, contexts bool [B, S, H, W]); and whether the contexts
+    are large enough, bool [B].
+  """
   random = words.draw(
       xp, key, 3 * (settings.num_contexts + settings.num_targets)
   )
   context, target = settings.shapes(released=False)
-  split = 3 * settings.num_targets
-  placed = []
-  for shapes, span in ((target, random[:, :split]), (context, random[:, split:])):
-    n = span.shape[1] // 3
-    shape = blocks.pick_shapes(xp, span[:, :n], shapes)
-    placed.append(
-        blocks.place(xp, shapes, shape, span[:, n : 2 * n], span[:, 2 * n :])
+
+  def draw(shapes, random):
+    n = random.shape[1] // 3
+    shape = blocks.pick_shapes(xp, random[:, :n], shapes)
+    return blocks.place(
+        xp, shapes, shape, random[:, n : 2 * n], random[:, 2 * n :]
     )
-  targets, contexts = placed
+
+  targets = draw(target, random[:, : 3 * settings.num_targets])
+  contexts = draw(context, random[:, 3 * settings.num_targets :])
   allowed = blocks.cover(xp, contexts)
   if not settings.allow_overlap:
     allowed = allowed & blocks.uncovered(xp, targets)[-1][:, None]
@@ -583,7 +590,7 @@ def _ranks(xp: Any, random: Array) -> Array:
   return rank + np.arange(n, dtype=np.int32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mask_shapes(settings: Settings) -> MaskShapes:
   sampler = SAMPLERS[settings.name]
   sampler.check(settings)

@@ -1,0 +1,166 @@
+import io
+import struct
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow as tf
+
+from jepa_jax.data import decode
+
+HEIGHT, WIDTH = 45, 70
+
+
+def picture(height=HEIGHT, width=WIDTH):
+  """Smooth colours, so that encoders lose little; no symmetry."""
+  y, x = np.mgrid[:height, :width]
+  channels = (3 * x, 4 * y, 255 - x - 2 * y)
+  return np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8)
+
+
+def encode(image=None, encoding="PNG", mode="RGB", **options):
+  file = io.BytesIO()
+  image = Image.fromarray(picture() if image is None else image).convert(mode)
+  if encoding == "JPEG":
+    options = {"quality": 95, "subsampling": 0, **options}
+  image.save(file, encoding, **options)
+  return file.getvalue()
+
+
+def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
+  box = (0, 0, HEIGHT, WIDTH) if box is None else box
+  return decode.decode_crop(
+      tf.constant(data),
+      tf.constant(box, tf.int32),
+      tf.constant(np.asarray(turn, bool)),
+      image_size=size,
+      channels=channels,
+      encoding=encoding,
+  ).numpy()
+
+
+# --- headers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "encoding, options",
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": b"Exif\0\0"}),
+    ],
+)
+def test_header_tells_format_and_size(encoding, options):
+  header = decode.read_header(encode(encoding=encoding, **options))
+  assert header == decode.Header(encoding.lower(), HEIGHT, WIDTH, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_tells_the_exif_orientation(orientation):
+  exif = Image.Exif()
+  exif[0x0110] = "a camera"
+  exif[0x0112] = orientation
+  header = decode.read_header(encode(encoding="JPEG", exif=exif.tobytes()))
+  assert header.orientation == orientation
+
+
+def png_of_size(height, width):
+  ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + bytes(40)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty"),
+        (b"not an image at all", "not a JPEG"),
+        (b"<html>" * 30, "not a JPEG"),
+        (encode(encoding="JPEG")[:30], "cut within its header"),
+        (encode(encoding="JPEG")[:-400], "cut before its end"),
+        (encode()[:18], "cut within its header"),
+        (png_of_size(30_000, 30_000), "30000 x 30000"),
+        (png_of_size(0, 5), "of 0 x 5"),
+        (b"\xff\xd8\xff\xd9", "without a frame"),
+        (b"\xff\xd8\x00\x00\x00\x00\x00", "broken header"),
+    ],
+)
+def test_header_refuses_what_is_no_image(data, reason):
+  with pytest.raises(ValueError, match=reason):
+    decode.read_header(data)
+  assert reason in decode.diagnose(data)
+
+
+def test_damage_past_the_header_is_diagnosed():
+  assert decode.diagnose(encode()[:-60]) == "damaged PNG data"
+
+
+# --- decoding ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", [None, "png"])
+@pytest.mark.parametrize("box", [(0, 0, 45, 70), (10, 3, 30, 61), (5, 6, 9, 8)])
+def test_crop_and_resize_as_pil_does_it(box, encoding):
+  top, left, height, width = box
+  expected = Image.fromarray(picture()).crop(
+      (left, top, left + width, top + height)
+  )
+  expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
+  got = cut(encode(), box, encoding=encoding)
+  assert got.dtype == np.uint8 and got.shape == (20, 20, 3)
+  assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_jpeg_decodes_the_crop_alone_and_the_same():
+  data, box = encode(encoding="JPEG"), (7, 9, 31, 50)
+  whole = tf.io.decode_jpeg(data).numpy()
+  expected = cut(encode(whole), box)
+  assert np.abs(cut(data, box).astype(int) - expected).max() <= 1
+  np.testing.assert_array_equal(cut(data, box), cut(data, box, encoding="jpeg"))
+
+
+def test_same_size_is_the_same_image():
+  data = encode(picture(20, 20))
+  np.testing.assert_array_equal(cut(data, (0, 0, 20, 20)), picture(20, 20))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "encoding, mode",
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("PNG", "RGB"),
+        ("PNG", "L"),
+        ("PNG", "LA"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("PNG", "1"),
+        ("GIF", "P"),
+        ("BMP", "RGB"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+    ],
+)
+def test_any_kind_of_image_gets_its_channels(encoding, mode, channels):
+  data = encode(encoding=encoding, mode=mode)
+  expected = Image.open(io.BytesIO(data)).convert("RGB")
+  expected = expected.convert("L" if channels == 1 else "RGB")
+  expected = expected.resize((20, 20), Image.Resampling.BILINEAR)
+  expected = np.asarray(expected, int).reshape(20, 20, channels)
+  got = cut(data, channels=channels)
+  assert got.shape == (20, 20, channels)
+  assert np.abs(got - expected).mean() < 2
+
+
+def test_sixteen_bits_become_the_high_eight():
+  values = np.arange(20 * 20, dtype=np.uint16).reshape(20, 20) * 160
+  file = io.BytesIO()
+  Image.fromarray(values).save(file, "PNG")
+  got = cut(file.getvalue(), (0, 0, 20, 20), channels=1)
+  assert np.abs(got[..., 0].astype(int) - values // 257).max() <= 1
