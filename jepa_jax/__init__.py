@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 # Public names that are imported when they are used.
 _LAZY = {
-    "Pretrained": "jepa_jax.pretrained",
-    "load": "jepa_jax.pretrained",
-    "warm_start": "jepa_jax.pretrained",
+  "Pretrained": "jepa_jax.pretrained",
+  "load": "jepa_jax.pretrained",
+  "warm_start": "jepa_jax.pretrained",
 }
 
 

@@ -31,10 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax import convert
-from jepa_jax import models
-from jepa_jax.convert import formats
-from jepa_jax.convert import table
+from jepa_jax import convert, models
+from jepa_jax.convert import hugging_face, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.objectives import ijepa
 from jepa_jax.training import program as program_lib
@@ -83,23 +81,25 @@ class Pretrained:
   which: str
   networks: dict[str, table.Params]
   predictor: models.Predictor | None
+  _copies: dict[str, table.Params] = dataclasses.field(default_factory=dict)
 
   def __iter__(self) -> Iterator[Any]:
     return iter((self.module, self.params, self.preprocessing))
 
   def encode(
-      self,
-      images: Any,
-      which: str | None = None,
-      layers: int = 1,
-      pool: str | None = "mean",
-      *,
-      batch_size: int = 0,
+    self,
+    images: Any,
+    which: str | None = None,
+    layers: int = 1,
+    pool: str | None = "mean",
+    *,
+    batch_size: int = 0,
   ) -> jax.Array:
     """Encodes images.
 
     Args:
-      images: [B, H, W, C], uint8, or float that is normalised already.
+      images: [B, H, W, C], uint8, or float that is normalised already. All
+        local devices share them where B is a multiple of their number.
       which: "target" or "context"; None for the chosen one, which is the
         target encoder where there is one.
       layers: 1 for the last layer, n for the last n side by side, each
@@ -114,31 +114,33 @@ class Pretrained:
     Raises:
       ValueError: no such encoder, unknown pool or wrong shape of images.
     """
-    params = self._params(which or self.which)
+    which = which or self.which
+    self._params(which)
     if pool not in ("mean", None):
       raise ValueError(f'unknown pool "{pool}"; known: "mean", None.')
     images = np.asarray(images) if batch_size else jnp.asarray(images)
     self._check(images.shape)
     run = functools.partial(
-        _encode, self.module, self.preprocessing, layers, pool
+      _encode, self.module, self.preprocessing, layers, pool
     )
     size, count = batch_size or len(images), len(images)
-    if count <= size and not (batch_size and count < size):
-      return run(params, images)
+    if size == count:
+      return run(*self._spread(which, images))
     parts = []
     for start in range(0, count, size):
       part = images[start : start + size]
       padding = [(0, size - len(part))] + [(0, 0)] * (images.ndim - 1)
-      parts.append(run(params, np.pad(part, padding))[: len(part)])
+      batch = self._spread(which, np.pad(part, padding))
+      parts.append(run(*batch)[: len(part)])
     return jnp.concatenate(parts)
 
   def predict(
-      self,
-      images: Any,
-      context_ids: Any,
-      target_ids: Any,
-      context_valid: Any | None = None,
-      target_valid: Any | None = None,
+    self,
+    images: Any,
+    context_ids: Any,
+    target_ids: Any,
+    context_valid: Any | None = None,
+    target_valid: Any | None = None,
   ) -> jax.Array:
     """Predicts the target encoder's features of patches from others.
 
@@ -161,7 +163,7 @@ class Pretrained:
     """
     if self.predictor is None:
       raise ValueError(
-          "there is no predictor; convert with --which all, or load a run."
+        "there is no predictor; convert with --which all, or load a run."
       )
     images = jnp.asarray(images)
     self._check(images.shape)
@@ -170,17 +172,19 @@ class Pretrained:
     for name, x in (("context_ids", context_ids), ("target_ids", target_ids)):
       x = np.asarray(x)
       x = x[:, None] if x.ndim == 2 else x
-      if x.ndim != 3 or len(x) != len(images) or (
-          x.size and not 0 <= x.min() <= x.max() < grid[0] * grid[1]
+      if (
+        x.ndim != 3
+        or len(x) != len(images)
+        or (x.size and not 0 <= x.min() <= x.max() < grid[0] * grid[1])
       ):
         raise ValueError(
-            f"{name} have shape {x.shape}; they need to be indices in [0, "
-            f"{grid[0] * grid[1]}) of shape [{len(images)}, blocks, patches]."
+          f"{name} have shape {x.shape}; they need to be indices in [0, "
+          f"{grid[0] * grid[1]}) of shape [{len(images)}, blocks, patches]."
         )
       ids.append(x)
     valid = [
-        None if v is None else jnp.asarray(v, bool).reshape(x.shape)
-        for v, x in zip((context_valid, target_valid), ids)
+      None if v is None else jnp.asarray(v, bool).reshape(x.shape)
+      for v, x in zip((context_valid, target_valid), ids)
     ]
     params = (self._params("context"), self._params("predictor"))
     return _predict(
@@ -189,13 +193,13 @@ class Pretrained:
     )  # fmt: skip
 
   def export(
-      self,
-      folder: str | os.PathLike[str],
-      *,
-      image_size: tuple[int, int] | None = None,
-      layers: int = 1,
-      pool: str | None = "mean",
-      platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
+    self,
+    folder: str | os.PathLike[str],
+    *,
+    image_size: tuple[int, int] | None = None,
+    layers: int = 1,
+    pool: str | None = "mean",
+    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
   ) -> None:
     """Writes the encoder as StableHLO, for a process without this project.
 
@@ -227,27 +231,40 @@ class Pretrained:
     def encode(flat: dict[str, jax.Array], images: jax.Array) -> jax.Array:
       params = jax.tree.unflatten(structure, [flat[key] for key in names])
       return _encode(
-          self.module, self.preprocessing, layers, pool, params, images
+        self.module, self.preprocessing, layers, pool, params, images
       )
 
     names = list(flat)
     (batch,) = jax.export.symbolic_shape("batch")
     channels = len(self.preprocessing.mean)
     exported = jax.export.export(jax.jit(encode), platforms=platforms)(
-        {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in flat.items()},
-        jax.ShapeDtypeStruct((batch, height, width, channels), jnp.uint8),
+      {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in flat.items()},
+      jax.ShapeDtypeStruct((batch, height, width, channels), jnp.uint8),
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPORTED).write_bytes(exported.serialize())
     np.savez(
-        folder / EXPORTED_WEIGHTS, **{k: np.asarray(x) for k, x in flat.items()}
+      folder / EXPORTED_WEIGHTS, **{k: np.asarray(x) for k, x in flat.items()}
     )
+
+  def _spread(self, which: str, images: Any) -> tuple[table.Params, Any]:
+    """Parameters on every local device and images split among them."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or len(images) % len(devices):
+      return self._params(which), images
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    place = lambda x, *axes: jax.device_put(
+      x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    )
+    if which not in self._copies:
+      self._copies[which] = place(self.networks[which])
+    return self._copies[which], place(images, "data")
 
   def _params(self, name: str) -> table.Params:
     if name not in self.networks:
       raise ValueError(
-          f'there is no "{name}" network here; there are: '
-          f"{', '.join(self.networks)}."
+        f'there is no "{name}" network here; there are: '
+        f"{', '.join(self.networks)}."
       )
     return self.networks[name]
 
@@ -255,18 +272,18 @@ class Pretrained:
     channels = len(self.preprocessing.mean)
     if len(shape) != 4 or shape[-1] != channels:
       raise ValueError(
-          f"images have shape {shape}; they need to be [B, H, W, {channels}]."
+        f"images have shape {shape}; they need to be [B, H, W, {channels}]."
       )
 
 
 def load(
-    path: str | os.PathLike[str],
-    which: str | None = None,
-    *,
-    dtype: Any = "float32",
-    step: int | None = None,
-    num_heads: int = 0,
-    scan: bool = False,
+  path: str | os.PathLike[str],
+  which: str | None = None,
+  *,
+  dtype: Any = "float32",
+  step: int | None = None,
+  num_heads: int = 0,
+  scan: bool = False,
 ) -> Pretrained:
   """Loads networks from a run, an export or foreign weights.
 
@@ -291,23 +308,21 @@ def load(
   weights = convert.read(path, num_heads=num_heads, step=step)
   if which is None:
     which = "target" if "target" in weights.networks else "context"
-    if which == "context":
+    if which == "context" and not hugging_face.is_folder(pathlib.Path(path)):
       logging.warning("%s has no target encoder: using the context's", path)
   weights.only(which)  # ValueError where there is none
   compute = dict(dtype=jnp.dtype(dtype), scan=scan)
   networks = jax.tree.map(jnp.asarray, weights.networks)
   has_predictor = "predictor" in networks
   return Pretrained(
-      module=weights.module(which, **compute),
-      params=networks[which],
-      preprocessing=Preprocessing(
-          weights.mean, weights.std, tuple(weights.image_size)
-      ),
-      which=which,
-      networks=networks,
-      predictor=weights.module("predictor", **compute)
-      if has_predictor
-      else None,
+    module=weights.module(which, **compute),
+    params=networks[which],
+    preprocessing=Preprocessing(
+      weights.mean, weights.std, tuple(weights.image_size)
+    ),
+    which=which,
+    networks=networks,
+    predictor=weights.module("predictor", **compute) if has_predictor else None,
   )
 
 
@@ -329,7 +344,7 @@ def _predict(
   images = preprocessing(images)
   grid = models.patch_grid(*images.shape[1:3], encoder.patch_size)
   context = encoder.apply(
-      {"params": params[0]}, images, context_ids, context_valid
+    {"params": params[0]}, images, context_ids, context_valid
   )
   return predictor.apply(
       {"params": params[1]}, context, context_ids, target_ids, grid,
@@ -338,11 +353,11 @@ def _predict(
 
 
 def warm_start(
-    state: program_lib.TrainState,
-    path: str | os.PathLike[str],
-    *,
-    which: str = "target",
-    strict: bool = True,
+  state: program_lib.TrainState,
+  path: str | os.PathLike[str],
+  *,
+  which: str = "target",
+  strict: bool = True,
 ) -> program_lib.TrainState:
   """Starts training from weights instead of from random ones.
 
@@ -382,8 +397,8 @@ def warm_start(
       problems.append(f"{source}: {different}")
   if problems and strict:
     raise ValueError(
-        f"{path} does not fit the configured networks: {'; '.join(problems)}. "
-        "Change the config, or load the rest with init_strict=False."
+      f"{path} does not fit the configured networks: {'; '.join(problems)}. "
+      "Change the config, or load the rest with init_strict=False."
     )
   for problem in problems:
     logging.warning("warm start leaves as it was: %s", problem)
@@ -406,11 +421,11 @@ def _replace(old: Any, new: Any) -> tuple[Any, str]:
   needed = weights_lib.flatten("", old)
   shapes = lambda tree: {k[1:]: tuple(x.shape) for k, x in tree.items()}
   leaves = [
-      # A copy: the train step overwrites its state.
-      jax.device_put(np.array(flat[key]), leaf.sharding)
-      if key in flat and flat[key].shape == leaf.shape
-      else leaf
-      for key, leaf in needed.items()
+    # A copy: the train step overwrites its state.
+    jax.device_put(np.array(flat[key]), leaf.sharding)
+    if key in flat and flat[key].shape == leaf.shape
+    else leaf
+    for key, leaf in needed.items()
   ]
   different = table.missing_and_extra(shapes(flat), shapes(needed))
   return jax.tree.unflatten(jax.tree.structure(old), leaves), different

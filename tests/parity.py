@@ -14,8 +14,8 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 from flax import traverse_util
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -30,9 +30,9 @@ from jepa_jax.training import program as program_lib
 from jepa_jax.training import sharding
 
 TABLES = {
-    "encoder": table_lib.RELEASED_ENCODER,
-    "target_encoder": table_lib.RELEASED_ENCODER,
-    "predictor": table_lib.RELEASED_PREDICTOR,
+  "encoder": table_lib.RELEASED_ENCODER,
+  "target_encoder": table_lib.RELEASED_ENCODER,
+  "predictor": table_lib.RELEASED_PREDICTOR,
 }
 
 
@@ -40,8 +40,8 @@ SCALARS = ("loss", "lr", "weight_decay", "momentum")
 
 # XLA's optimizer takes far longer than the few steps that it would speed up.
 QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
+  "xla_backend_optimization_level": 0,
+  "xla_cpu_use_fusion_emitters": False,
 }
 
 
@@ -91,7 +91,7 @@ def config_of(meta: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def compute(
-    reference: dict[str, np.ndarray], *, optimize: bool = False
+  reference: dict[str, np.ndarray], *, optimize: bool = False
 ) -> dict[str, np.ndarray]:
   """Runs the steps of a file with this project's code.
 
@@ -107,8 +107,8 @@ def compute(
   """
   meta = json.loads(str(reference["meta_json"]))
   program = program_lib.build(
-      config_of(meta),
-      sharding.make_mesh(config_lib.defaults().mesh, jax.devices()[:1]),
+    config_of(meta),
+    sharding.make_mesh(config_lib.defaults().mesh, jax.devices()[:1]),
   )
   state = _start(program, reference, meta)
   options = None if optimize else QUICK
@@ -131,14 +131,12 @@ def compute(
       grads = jax.tree.map(lambda x: np.asarray(x) * scale, moment)
       ours |= _released(grads, "step0/grad", meta)
   ours["loss"] = np.array(losses)
-  ends = {
-      **state.params, "target_encoder": state.target_params["encoder"]
-  }
+  ends = {**state.params, "target_encoder": state.target_params["encoder"]}
   return ours | _released(ends, "final", meta)
 
 
 def judge(
-    ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+  ours: dict[str, np.ndarray], reference: dict[str, np.ndarray]
 ) -> list[Comparison]:
   """Holds every quantity of a file against ours.
 
@@ -149,15 +147,16 @@ def judge(
   theirs = {key for key in reference if not given.match(key)}
   if theirs != set(ours):
     raise ValueError(
-        f"not on both sides: {', '.join(sorted(theirs ^ set(ours)))}."
+      f"not on both sides: {', '.join(sorted(theirs ^ set(ours)))}."
     )
   results = []
   for name in sorted(ours):
     if name in SCALARS:
       bound = 1e-5 if name == "loss" else 1e-7
+      pairs = zip(ours[name], reference[name], strict=True)
       results += [
-          _compare(f"{name} of step {i}", *pair, bound)
-          for i, pair in enumerate(zip(ours[name], reference[name], strict=True))
+        _compare(f"{name} of step {i}", *pair, bound)
+        for i, pair in enumerate(pairs)
       ]
     else:
       bound = 2e-5 if name.startswith("final/") else 1e-5
@@ -173,22 +172,22 @@ def compare(path: str, *, optimize: bool = False) -> list[Comparison]:
 
 
 def _start(
-    program: program_lib.Program,
-    reference: dict[str, np.ndarray],
-    meta: dict[str, Any],
+  program: program_lib.Program,
+  reference: dict[str, np.ndarray],
+  meta: dict[str, Any],
 ) -> program_lib.TrainState:
   """The state before step 0, with the file's parameters."""
   state = program.init(0)
   params = {
-      name: _without_positions(_params(reference, "init", name, meta))
-      for name in ("encoder", "predictor")
+    name: _without_positions(_params(reference, "init", name, meta))
+    for name in ("encoder", "predictor")
   }
   given, needed = (
-      {
-          name: leaf.shape
-          for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()
-      }
-      for tree in (params, state.params)
+    {
+      name: leaf.shape
+      for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+    }
+    for tree in (params, state.params)
   )
   if given != needed:
     wrong = sorted(set(given.items()) ^ set(needed.items()))
@@ -196,27 +195,27 @@ def _start(
   # Copies: the step overwrites what it is given.
   place = lambda new, old: jax.device_put(jnp.array(new), old.sharding)
   return state.replace(
-      params=jax.tree.map(place, params, state.params),
-      target_params=jax.tree.map(
-          place, {"encoder": params["encoder"]}, state.target_params
-      ),
+    params=jax.tree.map(place, params, state.params),
+    target_params=jax.tree.map(
+      place, {"encoder": params["encoder"]}, state.target_params
+    ),
   )
 
 
 def _batch(reference: dict[str, np.ndarray], step: int) -> dict[str, Any]:
   at = f"step{step}"
   return {
-      "image": reference[f"{at}/images_nchw"].transpose(0, 2, 3, 1),
-      "context_ids": reference[f"{at}/masks_context"].astype(np.int32),
-      "target_ids": reference[f"{at}/masks_target"].astype(np.int32),
+    "image": reference[f"{at}/images_nchw"].transpose(0, 2, 3, 1),
+    "context_ids": reference[f"{at}/masks_context"].astype(np.int32),
+    "target_ids": reference[f"{at}/masks_target"].astype(np.int32),
   }
 
 
 def _forward(
-    program: program_lib.Program,
-    state: program_lib.TrainState,
-    reference: dict[str, np.ndarray],
-    options: dict[str, Any] | None,
+  program: program_lib.Program,
+  state: program_lib.TrainState,
+  reference: dict[str, np.ndarray],
+  options: dict[str, Any] | None,
 ) -> dict[str, np.ndarray]:
   """What the networks return inside of the objective's own loss."""
 
@@ -226,7 +225,7 @@ def _forward(
     def record(call, args, kwargs, context):
       output = call(*args, **kwargs)
       if isinstance(context.module, (models.Encoder, models.Predictor)) and (
-          context.method_name == "__call__"
+        context.method_name == "__call__"
       ):
         seen.append(output)
       return output
@@ -237,27 +236,27 @@ def _forward(
 
   batch = _batch(reference, 0)
   target, context, prediction = jax.jit(forward, compiler_options=options)(
-      state.params, state.target_params, batch
+    state.params, state.target_params, batch
   )
   targets = models.gather_patches(
-      ijepa.normalize_targets(target), batch["target_ids"]
+    ijepa.normalize_targets(target), batch["target_ids"]
   )  # [B, M, T, D]
   shape = prediction.shape  # [B, S, M, T, D]
   targets = jnp.broadcast_to(targets[:, None], shape)
   pairs = lambda x: x.transpose(2, 1, 0, 3, 4).reshape(-1, *shape[3:])
   ours = {
-      "target_encoder_output": target,
-      "context_encoder_output": context.swapaxes(0, 1).reshape(
-          -1, *context.shape[2:]
-      ),
-      "predictor_output": pairs(prediction),
-      "targets": pairs(targets),
+    "target_encoder_output": target,
+    "context_encoder_output": context.swapaxes(0, 1).reshape(
+      -1, *context.shape[2:]
+    ),
+    "predictor_output": pairs(prediction),
+    "targets": pairs(targets),
   }
   return {f"step0/{name}": np.asarray(x) for name, x in ours.items()}
 
 
 def _released(
-    networks: dict[str, Any], prefix: str, meta: dict[str, Any]
+  networks: dict[str, Any], prefix: str, meta: dict[str, Any]
 ) -> dict[str, np.ndarray]:
   """Trees of networks, under the released names."""
   arrays = {}
@@ -270,16 +269,16 @@ def _released(
 
 
 def _params(
-    reference: dict[str, np.ndarray],
-    prefix: str,
-    name: str,
-    meta: dict[str, Any],
+  reference: dict[str, np.ndarray],
+  prefix: str,
+  name: str,
+  meta: dict[str, Any],
 ) -> dict[str, Any]:
   start = f"{prefix}/{name}/"
   source = {
-      k.removeprefix(start): v
-      for k, v in reference.items()
-      if k.startswith(start)
+    k.removeprefix(start): v
+    for k, v in reference.items()
+    if k.startswith(start)
   }
   depth = meta["predictor_depth" if name == "predictor" else "depth"]
   return table_lib.from_foreign(source, TABLES[name], depth)
@@ -307,8 +306,8 @@ def _compare(name: str, ours: Any, theirs: Any, bound: float) -> Comparison:
 def report(results: list[Comparison]) -> str:
   """A line a quantity."""
   return "\n".join(
-      f"{'ok  ' if r.ok else 'FAIL'} {r.error:.2e} (bound {r.bound:.0e}) {r.name}"
-      for r in results
+    f"{'ok  ' if r.ok else 'FAIL'} {r.error:.2e} (bound {r.bound:.0e}) {r.name}"
+    for r in results
   )
 
 
@@ -316,9 +315,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("file", help="reference numbers, .npz")
   parser.add_argument(
-      "--optimize",
-      action="store_true",
-      help="compile as for training, which takes longer",
+    "--optimize",
+    action="store_true",
+    help="compile as for training, which takes longer",
   )
   arguments = parser.parse_args()
   results = compare(arguments.file, optimize=arguments.optimize)

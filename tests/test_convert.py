@@ -1,10 +1,10 @@
 """Conversion: exact round trips, strictness, refusals, foreign features."""
 
-import dataclasses
 import json
 import os
 import pickle
-import zipfile
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -13,39 +13,39 @@ import pytest
 import safetensors.numpy
 
 from jepa_jax import config as config_lib
-from jepa_jax import convert
-from jepa_jax import models
+from jepa_jax import convert, models
 from jepa_jax.convert import __main__ as command_line
 from jepa_jax.convert import table
 from jepa_jax.convert import weights as weights_lib
-from jepa_jax.training import checkpoints
-from jepa_jax.training import program
-from jepa_jax.training import sharding
+from jepa_jax.training import checkpoints, program, sharding
 
 GRID = (3, 5)
 
 
-def make(*networks, grid=GRID, stored=False, seed=0, **encoder):
+PREDICTOR = dict(width=12, depth=2, num_heads=3, mlp_ratio=2.0)
+
+
+def make(
+  *networks, grid=GRID, stored=False, seed=0, predictor=PREDICTOR, **encoder
+):
   """Weights of random numbers; sizes all differ."""
   settings = dict(
       width=28, depth=3, num_heads=7, patch_size=4, mlp_ratio=58 / 28,
       norm_epsilon=1e-6, position_grid=grid if stored else None,
   ) | encoder  # fmt: skip
   weights = convert.Weights(
-      networks={},
-      encoder=settings,
-      predictor=dict(width=12, depth=2, num_heads=3, mlp_ratio=2.0)
-      if "predictor" in networks
-      else None,
-      image_size=tuple(side * settings["patch_size"] for side in grid),
-      mean=(0.1, 0.2, 0.3),
-      std=(0.4, 0.5, 0.6),
+    networks={},
+    encoder=settings,
+    predictor=dict(predictor) if "predictor" in networks else None,
+    image_size=tuple(side * settings["patch_size"] for side in grid),
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
   )
   rng = np.random.default_rng(seed)
   for name in networks:
     weights.networks[name] = jax.tree.map(
-        lambda s: rng.normal(size=s.shape).astype(np.float32),
-        weights_lib.abstract(weights, name),
+      lambda s: rng.normal(size=s.shape).astype(np.float32),
+      weights_lib.abstract(weights, name),
     )
   return weights
 
@@ -53,7 +53,7 @@ def make(*networks, grid=GRID, stored=False, seed=0, **encoder):
 def assert_same(one, other):
   assert jax.tree.structure(one.networks) == jax.tree.structure(other.networks)
   assert jax.tree.all(
-      jax.tree.map(np.array_equal, one.networks, other.networks)
+    jax.tree.map(np.array_equal, one.networks, other.networks)
   )
   assert one.describe() == other.describe()
 
@@ -61,7 +61,7 @@ def assert_same(one, other):
 def run(*arguments):
   """The command, without its process."""
   return command_line.main(
-      command_line.parser().parse_args([str(a) for a in arguments])
+    command_line.parser().parse_args([str(a) for a in arguments])
   )
 
 
@@ -75,8 +75,8 @@ def test_round_trips_are_exact(name, stored, tmp_path):
   assert_same(convert.read(tmp_path / name), weights)
   if name == "folder":
     first, second = (
-        (folder / "folder" / "model.safetensors").read_bytes()
-        for folder in (tmp_path / "first", tmp_path)
+      (folder / "folder" / "model.safetensors").read_bytes()
+      for folder in (tmp_path / "first", tmp_path)
     )
     assert first == second
 
@@ -87,7 +87,7 @@ def test_an_export_keeps_all_networks_and_gives_one(tmp_path):
   assert_same(convert.read(tmp_path / "all.npz"), weights)
   run(tmp_path / "all.npz", tmp_path / "one.safetensors")
   assert_same(
-      convert.read(tmp_path / "one.safetensors"), weights.only("target")
+    convert.read(tmp_path / "one.safetensors"), weights.only("target")
   )
   with pytest.raises(ValueError, match='no "context".*there are: target'):
     convert.read(tmp_path / "one.safetensors", "context")
@@ -106,18 +106,18 @@ def test_an_export_is_plain_numpy(tmp_path):
     assert settings["encoder"]["width"] == 28
     assert settings["image_size"] == [12, 20]
     np.testing.assert_array_equal(
-        archive["target/norm/scale"],
-        weights.networks["target"]["norm"]["scale"],
+      archive["target/norm/scale"],
+      weights.networks["target"]["norm"]["scale"],
     )
 
 
 @pytest.mark.parametrize(
-    ("rows", "network"),
-    [
-        (table.RELEASED_ENCODER, "target"),
-        (table.RELEASED_PREDICTOR, "predictor"),
-        (table.HUGGING_FACE_ENCODER, "target"),
-    ],
+  ("rows", "network"),
+  [
+    (table.RELEASED_ENCODER, "target"),
+    (table.RELEASED_PREDICTOR, "predictor"),
+    (table.HUGGING_FACE_ENCODER, "target"),
+  ],
 )
 def test_tables_name_every_parameter_once(rows, network):
   weights = make(network)
@@ -166,21 +166,21 @@ def test_published_folders_hold_the_context_encoder(tmp_path, caplog):
 
 def test_folders_in_parts_and_in_half_precision(tmp_path):
   half = lambda arrays: arrays.update(
-      {k: x.astype(jax.numpy.bfloat16) for k, x in arrays.items()}
+    {k: x.astype(jax.numpy.bfloat16) for k, x in arrays.items()}
   )
   folder = hugging_face_folder(tmp_path, half)
   arrays = safetensors.numpy.load_file(folder / "model.safetensors")
   (folder / "model.safetensors").unlink()
   for i, part in enumerate((list(arrays)[:9], list(arrays)[9:])):
     safetensors.numpy.save_file(
-        {key: arrays[key] for key in part},
-        folder / f"model-0000{i + 1}-of-00002.safetensors",
+      {key: arrays[key] for key in part},
+      folder / f"model-0000{i + 1}-of-00002.safetensors",
     )
   found = convert.read(folder)
   expected = make("target").networks["target"]["norm"]["scale"]
   np.testing.assert_array_equal(
-      found.networks["context"]["norm"]["scale"],
-      expected.astype(jax.numpy.bfloat16).astype(np.float32),
+    found.networks["context"]["norm"]["scale"],
+    expected.astype(jax.numpy.bfloat16).astype(np.float32),
   )
   # Rounded positions are no longer the computed ones, so they are kept.
   assert found.encoder["position_grid"] == GRID
@@ -197,23 +197,23 @@ def test_all_wrong_keys_are_listed_and_nothing_is_written(tmp_path):
   with pytest.raises(ValueError) as caught:
     run(folder, tmp_path / "e.npz")
   assert str(caught.value) == (
-      f"{folder}: missing: encoder.layer.1.attention.attention.key.weight, "
-      "layernorm.bias; extra: classifier.weight; misshapen: "
-      "encoder.layer.2.output.dense.bias is [27], not [28]"
+    f"{folder}: missing: encoder.layer.1.attention.attention.key.weight, "
+    "layernorm.bias; extra: classifier.weight; misshapen: "
+    "encoder.layer.2.output.dense.bias is [27], not [28]"
   )
   assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (dict(hidden_act="relu"), "hidden_act is 'relu'.*only 'gelu'"),
-        (dict(qkv_bias=False), "qkv_bias is False"),
-        (dict(model_type="vit"), "model_type is 'vit'.*only 'ijepa'"),
-        (dict(patch_size=[4, 2]), "not square"),
-        (dict(num_hidden_layers=4), "missing: encoder.layer.3"),
-        (dict(hidden_size="x"), "config.json"),
-    ],
+  ("config", "message"),
+  [
+    (dict(hidden_act="relu"), "hidden_act is 'relu'.*only 'gelu'"),
+    (dict(qkv_bias=False), "qkv_bias is False"),
+    (dict(model_type="vit"), "model_type is 'vit'.*only 'ijepa'"),
+    (dict(patch_size=[4, 2]), "not square"),
+    (dict(num_hidden_layers=4), "missing: encoder.layer.3"),
+    (dict(hidden_size="x"), "config.json"),
+  ],
 )
 def test_foreign_settings_are_refused(config, message, tmp_path):
   with pytest.raises(ValueError, match=message):
@@ -323,6 +323,19 @@ def test_what_cannot_be_read_safely_is_refused_in_one_line(case, tmp_path):
   assert sorted(tmp_path.rglob("*")) == before  # nothing written, no code run
 
 
+def test_the_command_ends_in_one_line(tmp_path):
+  ended = subprocess.run(
+    [sys.executable, "-m", "jepa_jax.convert", "absent.npz", "out.npz"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2
+  assert ended.stderr == (
+    "ValueError: there is no file or folder absent.npz.\n"
+  )
+
+
 def test_nothing_is_overwritten(tmp_path):
   convert.write(make("target"), tmp_path / "e.npz")
   before = (tmp_path / "e.npz").read_bytes()
@@ -363,14 +376,15 @@ def test_positions_are_recomputed_unless_asked_otherwise(tmp_path):
 def test_bicubic_interpolation_keeps_what_it_has_to():
   positions = np.random.default_rng(0).normal(size=(15, 6)).astype(np.float32)
   np.testing.assert_allclose(
-      weights_lib.bicubic(positions, GRID, GRID), positions, atol=1e-6
+    weights_lib.bicubic(positions, GRID, GRID), positions, atol=1e-6
   )
   flat = weights_lib.bicubic(np.ones((15, 2), np.float32), GRID, (7, 4))
   np.testing.assert_allclose(flat, np.ones((28, 2)), atol=1e-6)
-  # Between equal points of a straight line the kernel is exact.
-  line = np.repeat(np.arange(8.0), 1)[:, None].astype(np.float32)
-  twice = weights_lib.bicubic(line, (8, 1), (16, 1))[:, 0]
-  np.testing.assert_allclose(twice[4:12], np.arange(4, 12) / 2 - 0.25, atol=0.05)
+  # The kernel at 1.75, 1.25, 0.75 and 0.25, from its formula.
+  half = [-0.03515625, -0.10546875, 0.26171875, 0.87890625]
+  point = np.eye(8, dtype=np.float32)[4][:, None]
+  twice = weights_lib.bicubic(point, (8, 1), (16, 1))[:, 0]
+  np.testing.assert_array_equal(twice[5:13], half + half[::-1])
 
 
 @pytest.fixture(scope="module")
@@ -381,13 +395,15 @@ def workdir(tmp_path_factory):
   state = program.build(config, one_device()).init(3)
   (folder / "config.json").write_text(json.dumps(config.to_dict()))
   with checkpoints.Checkpoints(
-      folder / "checkpoints", config.checkpoint
+    folder / "checkpoints", config.checkpoint
   ) as saved:
     saved.save(state)
-    saved.save(state.replace(
+    saved.save(
+      state.replace(
         step=state.step + 7,
         target_params=jax.tree.map(lambda x: 2 * x, state.target_params),
-    ))
+      )
+    )
     saved.wait()
   return folder, state
 
@@ -424,9 +440,7 @@ def test_a_run_is_read_without_its_optimizer(workdir, tmp_path):
   assert list(first.networks) == ["target"]
   assert_same(convert.read(folder / "checkpoints" / "0", "target"), first)
   run(folder, tmp_path / "hugging_face")
-  assert_same(
-      convert.read(tmp_path / "hugging_face"), found.only("target")
-  )
+  assert_same(convert.read(tmp_path / "hugging_face"), found.only("target"))
   with pytest.raises(ValueError, match="of step 5; there are: 0, 7"):
     convert.read(folder, step=5)
 
@@ -451,8 +465,8 @@ def released_checkpoint(path, prefix="module.", change=None):
 
   networks = released_networks()
   checkpoint = {
-      name: {prefix + k: v for k, v in network.state_dict().items()}
-      for name, network in networks.items()
+    name: {prefix + k: v for k, v in network.state_dict().items()}
+    for name, network in networks.items()
   }
   checkpoint |= {"opt": {"state": {}}, "scaler": None, "epoch": 300,
                  "loss": np.float64(0.1), "lr": 1e-6}  # fmt: skip
@@ -465,10 +479,10 @@ def released_checkpoint(path, prefix="module.", change=None):
 @pytest.mark.torch
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(
-    ("which", "name"), [("target", "target_encoder"), ("context", "encoder")]
+  ("which", "name"), [("target", "target_encoder"), ("context", "encoder")]
 )
 def test_released_checkpoints_give_their_features(
-    prefix, which, name, tmp_path
+  prefix, which, name, tmp_path
 ):
   import torch
 
@@ -480,7 +494,7 @@ def test_released_checkpoints_give_their_features(
   assert weights.encoder["position_grid"] is None  # they are the computed ones
   images = np.random.default_rng(0).normal(size=(2, 20, 20, 3))
   ours = weights.module(which).apply(
-      {"params": weights.networks[which]}, images.astype(np.float32)
+    {"params": weights.networks[which]}, images.astype(np.float32)
   )
   with torch.no_grad():
     theirs = networks[name](torch.tensor(images).permute(0, 3, 1, 2).float())
@@ -508,7 +522,8 @@ def test_released_checkpoints_round_trip(tmp_path):
 
 def _change_keys(checkpoint):
   target = checkpoint["target_encoder"]
-  target["module.blocks.0.attn.q"] = target.pop("module.blocks.0.attn.qkv.weight")
+  weight = target.pop("module.blocks.0.attn.qkv.weight")
+  target["module.blocks.0.attn.q"] = weight
   target["module.norm.weight"] = target["module.norm.weight"][:-1]
 
 
@@ -563,8 +578,9 @@ def test_an_unknown_size_needs_its_heads(tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-12])
 def test_hugging_face_models_give_their_features(epsilon, tmp_path):
-  torch, transformers = pytest.importorskip("torch"), pytest.importorskip(
-      "transformers"
+  torch, transformers = (
+    pytest.importorskip("torch"),
+    pytest.importorskip("transformers"),
   )
   torch.manual_seed(0)
   config = transformers.IJepaConfig(
@@ -580,7 +596,7 @@ def test_hugging_face_models_give_their_features(epsilon, tmp_path):
   images = images.astype(np.float32)
   pixels = torch.tensor(images).permute(0, 3, 1, 2)
   ours = weights.module("context").apply(
-      {"params": weights.networks["context"]}, images
+    {"params": weights.networks["context"]}, images
   )
   with torch.no_grad():
     expected = theirs(pixels).last_hidden_state.numpy()
@@ -588,8 +604,8 @@ def test_hugging_face_models_give_their_features(epsilon, tmp_path):
 
   run(tmp_path / "e.npz", tmp_path / "ours", "--which", "context")
   before, after = (
-      safetensors.numpy.load_file(tmp_path / name / "model.safetensors")
-      for name in ("theirs", "ours")
+    safetensors.numpy.load_file(tmp_path / name / "model.safetensors")
+    for name in ("theirs", "ours")
   )
   assert before.keys() == after.keys()
   for key in before:
@@ -598,23 +614,24 @@ def test_hugging_face_models_give_their_features(epsilon, tmp_path):
 
 @pytest.mark.torch
 def test_transformers_loads_our_encoder(tmp_path):
-  torch, transformers = pytest.importorskip("torch"), pytest.importorskip(
-      "transformers"
+  torch, transformers = (
+    pytest.importorskip("torch"),
+    pytest.importorskip("transformers"),
   )
   weights = make("target", grid=(5, 5))
   convert.write(weights, tmp_path / "ours")
   theirs, loading = transformers.IJepaModel.from_pretrained(
-      tmp_path / "ours", output_loading_info=True
+    tmp_path / "ours", output_loading_info=True
   )
   assert not any(loading.values()), loading
   images = np.random.default_rng(0).normal(size=(2, 20, 20, 3))
   images = images.astype(np.float32)
   ours = weights.module("target").apply(
-      {"params": weights.networks["target"]}, images
+    {"params": weights.networks["target"]}, images
   )
   with torch.no_grad():
     expected = theirs.eval()(
-        torch.tensor(images).permute(0, 3, 1, 2)
+      torch.tensor(images).permute(0, 3, 1, 2)
     ).last_hidden_state.numpy()
   error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
   assert error < 1e-5
@@ -626,13 +643,13 @@ def test_bicubic_interpolation_is_that_of_pytorch(new):
   torch = pytest.importorskip("torch")
   positions = np.random.default_rng(0).normal(size=(15, 6)).astype(np.float32)
   theirs = torch.nn.functional.interpolate(
-      torch.tensor(positions).reshape(1, *GRID, 6).permute(0, 3, 1, 2),
-      size=new,
-      mode="bicubic",
-      align_corners=False,
+    torch.tensor(positions).reshape(1, *GRID, 6).permute(0, 3, 1, 2),
+    size=new,
+    mode="bicubic",
+    align_corners=False,
   ).permute(0, 2, 3, 1)
   np.testing.assert_allclose(
-      weights_lib.bicubic(positions, GRID, new),
-      theirs.reshape(-1, 6).numpy(),
-      atol=1e-5,
+    weights_lib.bicubic(positions, GRID, new),
+    theirs.reshape(-1, 6).numpy(),
+    atol=1e-5,
   )

@@ -1,5 +1,6 @@
 """The library: load, encode, predict, warm-start, bridge, export."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -8,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_convert import (
+  make,
+  one_device,
+  tiny_config,
+  workdir,  # noqa: F401, a fixture
+)
 
 import jepa_jax
-from jepa_jax import convert
-from jepa_jax import models
-from jepa_jax import pretrained
+from jepa_jax import convert, models, pretrained
 from jepa_jax.objectives import ijepa
 from jepa_jax.training import program
-from test_convert import make
-from test_convert import one_device
-from test_convert import tiny_config
-from test_convert import workdir  # noqa: F401, a fixture
 
 GRID = (3, 5)
 
@@ -76,7 +77,7 @@ def test_the_parts_are_plain_flax(model, exported, images):
   features = module.apply({"params": params}, x)
   _, weights = exported
   expected = weights.module("target").apply(
-      {"params": weights.networks["target"]}, x
+    {"params": weights.networks["target"]}, x
   )
   np.testing.assert_array_equal(features, expected)
   np.testing.assert_array_equal(preprocessing(x), x)  # floats are normalised
@@ -90,10 +91,10 @@ def test_encode_pools_patches_or_keeps_their_grid(layers, model, images):
   pooled = model.encode(images, layers=layers)
   np.testing.assert_allclose(pooled, maps.mean(axis=(1, 2)), atol=1e-5)
   patches = model.module.apply(
-      {"params": model.params}, model.preprocessing(images), layers=layers
+    {"params": model.params}, model.preprocessing(images), layers=layers
   )
   np.testing.assert_allclose(
-      maps.reshape(3, 15, -1), patches, atol=2e-5, rtol=1e-4
+    maps.reshape(3, 15, -1), patches, atol=2e-5, rtol=1e-4
   )
   # The last layer stands last.
   last = model.encode(images, pool=None)
@@ -142,15 +143,15 @@ def test_stored_positions_are_of_one_grid(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(which="teacher"), 'no "teacher".*context, predictor, target'),
-        (dict(pool="max"), 'unknown pool "max"'),
-        (dict(layers=4), "last 4 layers were asked of 3"),
-        (dict(images=np.zeros((12, 20, 3), np.uint8)), "need to be"),
-        (dict(images=np.zeros((1, 12, 20, 1), np.uint8)), "H, W, 3"),
-        (dict(images=np.zeros((1, 13, 20, 3), np.uint8)), "patch size 4"),
-    ],
+  ("arguments", "message"),
+  [
+    (dict(which="teacher"), 'no "teacher".*context, predictor, target'),
+    (dict(pool="max"), 'unknown pool "max"'),
+    (dict(layers=4), "last 4 layers were asked of 3"),
+    (dict(images=np.zeros((12, 20, 3), np.uint8)), "need to be"),
+    (dict(images=np.zeros((1, 12, 20, 1), np.uint8)), "H, W, 3"),
+    (dict(images=np.zeros((1, 13, 20, 3), np.uint8)), "patch size 4"),
+  ],
 )
 def test_encode_says_what_is_wrong(arguments, message, model, images):
   with pytest.raises(ValueError, match=message):
@@ -159,17 +160,17 @@ def test_encode_says_what_is_wrong(arguments, message, model, images):
 
 def test_predict_any_patches_from_any_others(model, exported, images):
   rng = np.random.default_rng(0)
-  draw = lambda blocks, k: np.stack([
-      [rng.permutation(15)[:k] for _ in range(blocks)] for _ in images
-  ])
+  draw = lambda blocks, k: np.stack(
+    [[rng.permutation(15)[:k] for _ in range(blocks)] for _ in images]
+  )
   context_ids, target_ids = draw(2, 7), draw(3, 4)
   got = model.predict(images, context_ids, target_ids)
   assert got.shape == (3, 2, 3, 4, 28)
   _, weights = exported
-  context = weights.module("context").apply(
-      {"params": weights.networks["context"]},
-      normalized(images).astype(np.float32),
-      context_ids,
+  context = jax.jit(weights.module("context").apply)(
+    {"params": weights.networks["context"]},
+    normalized(images).astype(np.float32),
+    context_ids,
   )
   expected = weights.module("predictor").apply(
       {"params": weights.networks["predictor"]},
@@ -179,7 +180,7 @@ def test_predict_any_patches_from_any_others(model, exported, images):
   # One block an image needs no axis of its own; padding changes nothing.
   single = model.predict(images, context_ids[:, 0], target_ids[:, 1])
   np.testing.assert_allclose(
-      single[:, 0, 0], got[:, 0, 1], atol=1e-3, rtol=1e-3
+    single[:, 0, 0], got[:, 0, 1], atol=1e-3, rtol=1e-3
   )
   padded = np.pad(context_ids[:, 0], [(0, 0), (0, 2)])
   valid = np.arange(9) < np.full((3, 1), 7)
@@ -206,8 +207,8 @@ def test_a_run_loads_as_it_evaluates(workdir):  # noqa: F811
   objective = program.build(config, one_device()).objective
   target = jax.tree.map(lambda x: 2 * x, state.target_params["encoder"])
   expected = objective.encoder.apply(
-      {"params": target},
-      ijepa.normalize_images(images, config.data.mean, config.data.std),
+    {"params": target},
+    ijepa.normalize_images(images, config.data.mean, config.data.std),
   ).mean(axis=1)
   np.testing.assert_allclose(model.encode(images), expected, atol=1e-5)
   assert model.predictor is not None
@@ -242,15 +243,39 @@ def test_an_exported_encoder_needs_nothing_of_ours(model, images, tmp_path):
       assert not any("jepa" in name or "flax" in name for name in sys.modules)
       np.save("features.npy", features)
   """)
-  subprocess.run(
-      [sys.executable, "-I", "-c", code], check=True, cwd=tmp_path
-  )
+  subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path)
   features = np.load(tmp_path / "features.npy")
   np.testing.assert_allclose(
-      features, model.encode(images, layers=2), atol=1e-4, rtol=1e-4
+    features, model.encode(images, layers=2), atol=1e-4, rtol=1e-4
   )
   with pytest.raises(ValueError, match="exists"):
     model.export(tmp_path / "out")
+
+
+def test_two_devices_share_the_images(exported):
+  """And a number of images that they do not divide works too."""
+  code = textwrap.dedent("""
+      import sys
+      import jax
+      import numpy as np
+      import jepa_jax
+      model = jepa_jax.load(sys.argv[1])
+      assert len(jax.devices()) == 2
+      images = np.random.default_rng(0).integers(
+          0, 256, (4, 12, 20, 3), np.uint8)
+      both = model.encode(images)
+      assert len(both.sharding.device_set) == 2
+      one = model.encode(images[:3])
+      np.testing.assert_allclose(both[:3], one, atol=1e-4, rtol=1e-4)
+      parts = model.encode(images, batch_size=3)
+      np.testing.assert_allclose(both, parts, atol=1e-4, rtol=1e-4)
+  """)
+  flags = "--xla_force_host_platform_device_count=2"
+  subprocess.run(
+    [sys.executable, "-c", code, str(exported[0])],
+    check=True,
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  )
 
 
 # Warm starts.
@@ -264,24 +289,18 @@ def fresh():
 
 def start_weights(*networks, **encoder):
   """Weights that fit the tiny config."""
-  weights = make(*networks, grid=(6, 6), depth=2, **encoder)
-  if weights.predictor is not None:
-    weights.predictor.update(depth=1, mlp_ratio=4.0)
-    weights.networks.update(
-        make("predictor", grid=(6, 6)).networks
-    )
-    from jepa_jax.convert import weights as weights_lib
-
-    weights.networks["predictor"] = jax.tree.map(
-        lambda s: np.full(s.shape, 0.5, np.float32),
-        weights_lib.abstract(weights, "predictor"),
-    )
-  return weights
+  return make(
+    *networks,
+    grid=(6, 6),
+    depth=2,
+    predictor=dict(width=12, depth=1, num_heads=3, mlp_ratio=4.0),
+    **encoder,
+  )
 
 
 def same(one, other):
   return jax.tree.all(
-      jax.tree.map(lambda a, b: np.array_equal(a, b), one, dict(other))
+    jax.tree.map(lambda a, b: np.array_equal(a, b), one, dict(other))
   )
 
 
@@ -297,12 +316,12 @@ def test_warm_start_puts_networks_in_their_places(which, fresh, tmp_path):
   assert same(networks[online], warm.params["encoder"])
   assert same(networks[target], warm.target_params["encoder"])
   predictor = (
-      networks["predictor"] if which == "all" else state.params["predictor"]
+    networks["predictor"] if which == "all" else state.params["predictor"]
   )
   assert same(predictor, warm.params["predictor"])
   assert int(warm.step) == 0
   for leaf, spec in zip(
-      jax.tree.leaves(warm), jax.tree.leaves(built.state_spec)
+    jax.tree.leaves(warm), jax.tree.leaves(built.state_spec)
   ):
     assert (leaf.shape, leaf.dtype) == (spec.shape, spec.dtype)
     assert leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim)
@@ -315,7 +334,7 @@ def test_warm_start_is_strict_unless_told(fresh, tmp_path, caplog):
     jepa_jax.warm_start(state, tmp_path / "w.npz")
   message = str(caught.value)
   assert "transformer/blocks/fc1/kernel is [2, 28, 28], not [2, 28, 58]" in (
-      message
+    message
   )
   assert "init_strict" in message and "\n" not in message
   warm = jepa_jax.warm_start(state, tmp_path / "w.npz", strict=False)
@@ -324,7 +343,7 @@ def test_warm_start_is_strict_unless_told(fresh, tmp_path, caplog):
   np.testing.assert_array_equal(fc1(warm), fc1(state))
   norm = lambda p: p["norm"]["scale"]
   assert not np.array_equal(
-      norm(warm.params["encoder"]), norm(state.params["encoder"])
+    norm(warm.params["encoder"]), norm(state.params["encoder"])
   )
   with pytest.raises(ValueError, match='no "context"'):
     jepa_jax.warm_start(state, tmp_path / "w.npz", which="all")

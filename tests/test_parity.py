@@ -41,7 +41,8 @@ VARIANTS = {
 def golden() -> pathlib.Path:
   """The reference file, beside the checkout or named by the environment."""
   name = "golden/ijepa_reference_step.npz"
-  folders = [os.environ.get("JEPA_JAX_SHARED"), SHARED, SHARED.parents[1] / "shared"]
+  beside = SHARED.parents[1] / "shared"
+  folders = [os.environ.get("JEPA_JAX_SHARED"), SHARED, beside]
   for folder in filter(None, folders):
     if (pathlib.Path(folder) / name).is_file():
       return pathlib.Path(folder) / name
@@ -69,14 +70,14 @@ def test_four_steps_match_the_released_code(ours, reference):
 
 
 @pytest.mark.parametrize(
-    ("key", "wrong", "found"),
-    [
-        ("step0/targets", 2e-5, "step0/targets"),
-        ("step0/grad/predictor/mask_token", 2e-5, "predictor/mask_token"),
-        ("final/target_encoder/norm.weight", 5e-5, "target_encoder/norm"),
-        ("loss", 2e-5, "loss of step 2"),
-        ("momentum", 2e-7, "momentum of step 3"),
-    ],
+  ("key", "wrong", "found"),
+  [
+    ("step0/targets", 2e-5, "step0/targets"),
+    ("step0/grad/predictor/mask_token", 2e-5, "predictor/mask_token"),
+    ("final/target_encoder/norm.weight", 5e-5, "target_encoder/norm"),
+    ("loss", 2e-5, "loss of step 2"),
+    ("momentum", 2e-7, "momentum of step 3"),
+  ],
 )
 def test_a_wrong_number_is_found(key, wrong, found, ours, reference):
   results = parity.judge(ours | {key: ours[key] * (1 + wrong)}, reference)
@@ -118,7 +119,6 @@ def networks(meta):
   side = meta["img"] // meta["patch"]
 
   class Attention(nn.Module):
-
     def __init__(self, d, heads):
       super().__init__()
       self.heads = heads
@@ -131,7 +131,6 @@ def networks(meta):
       return self.proj(y.transpose(1, 2).flatten(2))
 
   class Mlp(nn.Module):
-
     def __init__(self, d):
       super().__init__()
       hidden = int(d * meta["mlp_ratio"])
@@ -141,7 +140,6 @@ def networks(meta):
       return self.fc2(nn.functional.gelu(self.fc1(x)))
 
   class Block(nn.Module):
-
     def __init__(self, d, heads):
       super().__init__()
       self.norm1, self.norm2 = nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)
@@ -166,13 +164,11 @@ def networks(meta):
     return nn.Parameter(table, requires_grad=False)
 
   class PatchEmbed(nn.Module):
-
     def __init__(self):
       super().__init__()
       self.proj = nn.Conv2d(3, width, meta["patch"], meta["patch"])
 
   class Encoder(nn.Module):
-
     def __init__(self):
       super().__init__()
       self.pos_embed = positions(width)
@@ -187,14 +183,13 @@ def networks(meta):
       return self.norm(self.blocks(x))
 
   class Predictor(nn.Module):
-
     def __init__(self):
       super().__init__()
       self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
       self.predictor_pos_embed = positions(narrow)
       self.predictor_embed = nn.Linear(width, narrow)
       self.predictor_blocks = blocks(
-          narrow, meta["predictor_heads"], meta["predictor_depth"]
+        narrow, meta["predictor_heads"], meta["predictor_depth"]
       )
       self.predictor_norm = nn.LayerNorm(narrow, eps)
       self.predictor_proj = nn.Linear(narrow, width)
@@ -248,16 +243,16 @@ def write_reference(file, meta):
   for name, module in both.items():
     put(f"init/{name}", module)
   trained = [
-      p for m in both.values() for p in m.parameters() if p.requires_grad
+    p for m in both.values() for p in m.parameters() if p.requires_grad
   ]
   adam = meta["adam"]
   optimizer = torch.optim.AdamW(
-      [
-          {"params": [p for p in trained if p.ndim > 1], "decays": True},
-          {"params": [p for p in trained if p.ndim < 2], "decays": False},
-      ],
-      betas=(adam["b1"], adam["b2"]),
-      eps=adam["eps"],
+    [
+      {"params": [p for p in trained if p.ndim > 1], "decays": True},
+      {"params": [p for p in trained if p.ndim < 2], "decays": False},
+    ],
+    betas=(adam["b1"], adam["b2"]),
+    eps=adam["eps"],
   )
   total = meta["epochs"] * meta["iterations_per_epoch"]
   warmup = meta["warmup_epochs"] * meta["iterations_per_epoch"]
@@ -266,26 +261,27 @@ def write_reference(file, meta):
   patches = (meta["img"] // meta["patch"]) ** 2
   for step in range(meta["steps"]):
     count = step + 1
-    lr = cosine(meta["lr"], meta["final_lr"],
-                (count - warmup) / (total - warmup))
+    lr = cosine(
+      meta["lr"], meta["final_lr"], (count - warmup) / (total - warmup)
+    )
     if count < warmup:
       lr = meta["start_lr"] + (meta["lr"] - meta["start_lr"]) * count / warmup
     decay = cosine(
-        meta["weight_decay"], meta["final_weight_decay"], count / total
+      meta["weight_decay"], meta["final_weight_decay"], count / total
     )
-    momentum = meta["ema"][0] + step * (
-        meta["ema"][1] - meta["ema"][0]
-    ) / total
+    momentum = meta["ema"][0] + step * (meta["ema"][1] - meta["ema"][0]) / total
     draw = lambda m, k: np.sort(
-        [[rng.permutation(patches)[:k] for _ in range(m)]
-         for _ in range(meta["batch"])]
+      [
+        [rng.permutation(patches)[:k] for _ in range(m)]
+        for _ in range(meta["batch"])
+      ]
     )
     masks = {
-        "context": draw(meta["num_context_masks"], patches // 3 + step % 2),
-        "target": draw(meta["num_target_masks"], patches // 5),
+      "context": draw(meta["num_context_masks"], patches // 3 + step % 2),
+      "target": draw(meta["num_target_masks"], patches // 5),
     }
     images = rng.normal(
-        size=(meta["batch"], 3, meta["img"], meta["img"])
+      size=(meta["batch"], 3, meta["img"], meta["img"])
     ).astype(np.float32)
     out[f"step{step}/images_nchw"] = images
     for name, mask in masks.items():
@@ -296,11 +292,13 @@ def write_reference(file, meta):
     with torch.no_grad():
       features = target(images)
       normal = torch.nn.functional.layer_norm(features, features.shape[-1:])
-      targets = torch.cat([
+      targets = torch.cat(
+        [
           pick(normal, asked[:, m])
           for m in range(asked.shape[1])
           for _ in range(contexts.shape[1])
-      ])
+        ]
+      )
     context = encoder(images, contexts)
     prediction = predictor(context, contexts, asked)
     loss = torch.nn.functional.smooth_l1_loss(prediction, targets)
@@ -308,17 +306,21 @@ def write_reference(file, meta):
     loss.backward()
     if step == 0:
       outputs = {
-          "target_encoder_output": features,
-          "context_encoder_output": context,
-          "predictor_output": prediction,
-          "targets": targets,
+        "target_encoder_output": features,
+        "context_encoder_output": context,
+        "predictor_output": prediction,
+        "targets": targets,
       }
       for name, value in outputs.items():
         out[f"step0/{name}"] = value.detach().numpy().copy()
       for name, module in both.items():
-        put(f"step0/grad/{name}", module, lambda m: {
+        put(
+          f"step0/grad/{name}",
+          module,
+          lambda m: {
             n: p.grad for n, p in m.named_parameters() if p.requires_grad
-        })
+          },
+        )
     for group in optimizer.param_groups:
       group["lr"] = lr
       group["weight_decay"] = decay if group["decays"] else 0.0

@@ -7,9 +7,7 @@ The command is `python -m jepa_jax.convert`; to use weights see
 jepa_jax.pretrained.
 """
 
-from jepa_jax.convert.formats import read
-from jepa_jax.convert.formats import write
-from jepa_jax.convert.weights import resize
-from jepa_jax.convert.weights import Weights
+from jepa_jax.convert.formats import read, write
+from jepa_jax.convert.weights import Weights, resize
 
 __all__ = ["Weights", "read", "resize", "write"]

@@ -32,51 +32,51 @@ from jepa_jax import command
 def parser() -> argparse.ArgumentParser:
   """The command's flags."""
   flags = argparse.ArgumentParser(
-      prog="python -m jepa_jax.convert",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m jepa_jax.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_argument("source", help="file or folder to read")
   flags.add_argument("destination", help="file or folder to write")
   flags.add_argument(
-      "--which",
-      choices=("target", "context", "all"),
-      help="encoder to convert, or both and the predictor; default: target, "
-      "or what a Hugging Face folder holds",
+    "--which",
+    choices=("target", "context", "all"),
+    help="encoder to convert, or both and the predictor; default: target, "
+    "or what a Hugging Face folder holds",
   )
   flags.add_argument(
-      "--num_heads",
-      type=int,
-      default=0,
-      help="of a released checkpoint that is of no known size",
+    "--num_heads",
+    type=int,
+    default=0,
+    help="of a released checkpoint that is of no known size",
   )
   flags.add_argument(
-      "--predictor_heads",
-      type=int,
-      default=0,
-      help="the same of its predictor; default: as the encoder",
+    "--predictor_heads",
+    type=int,
+    default=0,
+    help="the same of its predictor; default: as the encoder",
   )
   flags.add_argument(
-      "--step", type=int, help="checkpoint of a run; default: the newest"
+    "--step", type=int, help="checkpoint of a run; default: the newest"
   )
   flags.add_argument(
-      "--image_size",
-      type=int,
-      nargs="+",
-      metavar="PIXELS",
-      help="fit the positions to this size, or height and width",
+    "--image_size",
+    type=int,
+    nargs="+",
+    metavar="PIXELS",
+    help="fit the positions to this size, or height and width",
   )
   flags.add_argument(
-      "--positions",
-      choices=("recompute", "bicubic"),
-      default="recompute",
-      help="for --image_size: compute the sine-cosine positions of the new "
-      "grid (default), or interpolate the old ones",
+    "--positions",
+    choices=("recompute", "bicubic"),
+    default="recompute",
+    help="for --image_size: compute the sine-cosine positions of the new "
+    "grid (default), or interpolate the old ones",
   )
   flags.add_argument(
-      "--prefix",
-      default="",
-      help='of the keys of a released checkpoint; its training wants "module."',
+    "--prefix",
+    default="",
+    help='of the keys of a released checkpoint; its training wants "module."',
   )
   return flags
 
@@ -93,25 +93,23 @@ def main(arguments: argparse.Namespace) -> int:
   if which is None:
     which = "all" if hugging_face.is_folder(source) else "target"
   weights = convert.read(
-      source,
-      which,
-      num_heads=arguments.num_heads,
-      predictor_heads=arguments.predictor_heads,
-      step=arguments.step,
+    source,
+    which,
+    num_heads=arguments.num_heads,
+    predictor_heads=arguments.predictor_heads,
+    step=arguments.step,
   )
   if arguments.image_size:
     size = arguments.image_size
     if len(size) > 2:
       raise ValueError(f"--image_size takes one or two numbers, not {size}.")
-    weights = convert.resize(
-        weights, (size[0], size[-1]), arguments.positions
-    )
+    weights = convert.resize(weights, (size[0], size[-1]), arguments.positions)
   convert.write(weights, arguments.destination, prefix=arguments.prefix)
   count = sum(x.size for x in jax.tree.leaves(weights.networks))
   print(
-      f"{source} -> {arguments.destination}: {', '.join(weights.networks)}; "
-      f"{count / 1e6:.1f} M parameters",
-      file=sys.stderr,
+    f"{source} -> {arguments.destination}: {', '.join(weights.networks)}; "
+    f"{count / 1e6:.1f} M parameters",
+    file=sys.stderr,
   )
   return 0
 

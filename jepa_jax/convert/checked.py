@@ -20,29 +20,29 @@ def readable(what: str) -> Iterator[None]:
     if "pickle" not in str(error):
       raise
     raise ValueError(
-        f"it is not {what}: it holds pickled objects, which may carry code"
+      f"it is not {what}: it holds pickled objects, which may carry code"
     ) from None
   except Exception as error:  # Every reader has its own, often many lines.
     first = (str(error).splitlines() or [""])[0][:200]
     raise ValueError(
-        f"it cannot be read as {what}; it is damaged or something else "
-        f"({type(error).__name__}: {first})"
+      f"it cannot be read as {what}; it is damaged or something else "
+      f"({type(error).__name__}: {first})"
     ) from None
 
 
 def to_foreign(
-    weights: Weights, name: str, rows: tuple[table.Row, ...]
+  weights: Weights, name: str, rows: tuple[table.Row, ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
   params = weights_lib.with_positions(weights, name)
   return table.to_foreign(params, rows, weights.encoder["patch_size"])
 
 
 def from_foreign(
-    found: Weights,
-    tables: Mapping[str, tuple[table.Row, ...]],
-    open_source: Callable[[str], Mapping[str, Any]],
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-    labels: Mapping[str, str],
+  found: Weights,
+  tables: Mapping[str, tuple[table.Row, ...]],
+  open_source: Callable[[str], Mapping[str, Any]],
+  shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+  labels: Mapping[str, str],
 ) -> Weights:
   """Reads networks through their tables, once all keys and shapes fit.
 
@@ -64,11 +64,11 @@ def from_foreign(
     # Zeros without memory, in the shapes that the settings ask for.
     empty = _broadcast(weights_lib.abstract(found, name))
     stand_in = Weights(
-        networks={name: empty},
-        encoder=found.encoder,
-        predictor=found.predictor,
-        image_size=found.image_size,
-        channels=found.channels,
+      networks={name: empty},
+      encoder=found.encoder,
+      predictor=found.predictor,
+      image_size=found.image_size,
+      channels=found.channels,
     )
     needed = {k: x.shape for k, x in to_foreign(stand_in, name, rows)}
     if text := table.missing_and_extra(shapes[name], needed):
@@ -78,7 +78,7 @@ def from_foreign(
   for name, rows in tables.items():
     kind = found.predictor if name == "predictor" else found.encoder
     found.networks[name] = table.from_foreign(
-        open_source(name), rows, kind["depth"]
+      open_source(name), rows, kind["depth"]
     )
   return weights_lib.settle_positions(found)
 
@@ -87,5 +87,3 @@ def _broadcast(tree: Any) -> Any:
   if isinstance(tree, Mapping):
     return {key: _broadcast(value) for key, value in tree.items()}
   return np.broadcast_to(np.float32(0), tree.shape)
-
-

@@ -1,11 +1,11 @@
 """Reads and writes weights; the format follows from the path.
 
-    *.npz, *.safetensors     our own export: arrays "target/norm/scale", ...,
-                             and the JSON text "config"; needs neither JAX nor
-                             orbax to read
-    *.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
-    a folder                 of a run (config.json, checkpoints/), or a Hugging
-                             Face IJepaModel (config.json, *.safetensors)
+*.npz, *.safetensors     our own export: arrays "target/norm/scale", ...,
+                         and the JSON text "config"; needs neither JAX nor
+                         orbax to read
+*.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
+a folder                 of a run (config.json, checkpoints/), or a Hugging
+                         Face IJepaModel (config.json, *.safetensors)
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jepa_jax.convert import checked
-from jepa_jax.convert import hugging_face
-from jepa_jax.convert import released
+from jepa_jax.convert import checked, hugging_face, released
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
 
 
 def read(
-    path: str | os.PathLike[str],
-    which: str = "all",
-    *,
-    num_heads: int = 0,
-    predictor_heads: int = 0,
-    step: int | None = None,
+  path: str | os.PathLike[str],
+  which: str = "all",
+  *,
+  num_heads: int = 0,
+  predictor_heads: int = 0,
+  step: int | None = None,
 ) -> Weights:
   """Loads weights of any format, without ever running code of the file.
 
@@ -81,7 +79,7 @@ def read(
 
 
 def write(
-    weights: Weights, path: str | os.PathLike[str], *, prefix: str = ""
+  weights: Weights, path: str | os.PathLike[str], *, prefix: str = ""
 ) -> None:
   """Writes weights; nothing is left behind if that fails.
 
@@ -119,8 +117,8 @@ def write(
 
 def _unknown_format(path: pathlib.Path) -> str:
   return (
-      f"{path} has no known suffix; known: .npz, .safetensors, "
-      f"{', '.join(released.SUFFIXES)}, and none for a folder."
+    f"{path} has no known suffix; known: .npz, .safetensors, "
+    f"{', '.join(released.SUFFIXES)}, and none for a folder."
   )
 
 
@@ -136,13 +134,13 @@ def _read_export(path: pathlib.Path) -> Weights:
     else:
       with safetensors.safe_open(path, framework="numpy") as file:
         text = (file.metadata() or {}).get("config", "")
-        arrays = {key: file.get_tensor(key) for key in file.keys()} if (
-            text
-        ) else {}
+        arrays = (
+          {key: file.get_tensor(key) for key in file.keys()} if (text) else {}
+        )
   if not text:
     raise ValueError(
-        'it is no export of this project: it has no "config"; of Hugging '
-        "Face weights give the folder."
+      'it is no export of this project: it has no "config"; of Hugging '
+      "Face weights give the folder."
     )
   networks = traverse_util.unflatten_dict(arrays, sep="/")
   found = weights_lib.from_description(text)
@@ -151,8 +149,8 @@ def _read_export(path: pathlib.Path) -> Weights:
   unknown = networks.keys() - {*weights_lib.ENCODERS, "predictor"}
   if unknown:
     raise ValueError(
-        f"unknown networks: {', '.join(sorted(unknown))}; known: target, "
-        "context, predictor"
+      f"unknown networks: {', '.join(sorted(unknown))}; known: target, "
+      "context, predictor"
     )
   found.networks.update(networks, **absent)
   if problems := found.problems():
@@ -183,9 +181,7 @@ def _run_of(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _read_run(
-    path: pathlib.Path, which: str, step: int | None
-) -> Weights:
+def _read_run(path: pathlib.Path, which: str, step: int | None) -> Weights:
   import orbax.checkpoint as ocp
 
   workdir = _run_of(path)
@@ -196,43 +192,41 @@ def _read_run(
     found = weights_lib.from_config(json.loads(config.read_text()))
   # A checkpoint that is not whole yet has a longer name.
   steps = sorted(
-      int(p.name)
-      for p in (workdir / "checkpoints").iterdir()
-      if p.name.isdigit()
+    int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
   )
   if path != workdir:
     step = int(path.name) if path.name.isdigit() else -1
   if not steps or step not in (None, *steps):
     raise ValueError(
-        f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
-        f"there are: {', '.join(map(str, steps)) or 'none'}"
+      f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
+      f"there are: {', '.join(map(str, steps)) or 'none'}"
     )
   state = workdir / "checkpoints" / str(steps[-1] if step is None else step)
   state = state.resolve() / "state"
-  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(state).item_metadata.tree
+  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(state).item_metadata.tree
     places = {
-        "target": ("target_params", "encoder"),
-        "context": ("params", "encoder"),
-        "predictor": ("params", "predictor"),
+      "target": ("target_params", "encoder"),
+      "context": ("params", "encoder"),
+      "predictor": ("params", "predictor"),
     }
     places = {
-        name: (part, network)
-        for name, (part, network) in places.items()
-        if network in (saved.get(part) or {}) and which in ("all", name)
+      name: (part, network)
+      for name, (part, network) in places.items()
+      if network in (saved.get(part) or {}) and which in ("all", name)
     }
     # Only what is asked for is read: the moments stay where they are.
     item: dict[str, Any] = {}
     for part, network in places.values():
       item.setdefault(part, {})[network] = saved[part][network]
     read_as = ocp.RestoreArgs(restore_type=np.ndarray)
-    restored = checkpointer.restore(
-        state,
-        args=ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=_map_leaves(item, read_as),
-            partial_restore=True,
-        ),
+    restored = reader.restore(
+      state,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=_map_leaves(item, read_as),
+        partial_restore=True,
+      ),
     )
   for name, (part, network) in places.items():
     found.networks[name] = restored[part][network]

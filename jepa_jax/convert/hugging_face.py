@@ -16,8 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from jepa_jax import models
-from jepa_jax.convert import checked
-from jepa_jax.convert import table
+from jepa_jax.convert import checked, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
 
@@ -42,9 +41,9 @@ def read(folder: pathlib.Path, which: str) -> Weights:
   config = folder / "config.json"
   if not is_folder(folder):
     raise ValueError(
-        "it is neither a run (config.json, checkpoints/) nor a Hugging Face "
-        "folder (config.json, *.safetensors); other files, which may carry "
-        "code, are not read"
+      "it is neither a run (config.json, checkpoints/) nor a Hugging Face "
+      "folder (config.json, *.safetensors); other files, which may carry "
+      "code, are not read"
     )
   with checked.readable("a Hugging Face config.json"):
     settings = json.loads(config.read_text())
@@ -54,35 +53,35 @@ def read(folder: pathlib.Path, which: str) -> Weights:
     with checked.readable("a preprocessor_config.json"):
       images = json.loads(preprocessor.read_text())
       found = dataclasses.replace(
-          found,
-          mean=tuple(images.get("image_mean", weights_lib.MEAN)),
-          std=tuple(images.get("image_std", weights_lib.STD)),
+        found,
+        mean=tuple(images.get("image_mean", weights_lib.MEAN)),
+        std=tuple(images.get("image_std", weights_lib.STD)),
       )
   name = settings.get("jepa_jax_encoder")
   if name is None:
     name = "context" if which == "all" else which
     logging.warning(
-        "%s does not say which encoder it holds; the published ones hold the "
-        "context encoder, while the paper evaluates the target encoder. Read "
-        'as the "%s" encoder.',
-        folder,
-        name,
+      "%s does not say which encoder it holds; the published ones hold the "
+      "context encoder, while the paper evaluates the target encoder. Read "
+      'as the "%s" encoder.',
+      folder,
+      name,
     )
   with contextlib.ExitStack() as stack, checked.readable("safetensors"):
     source, shapes = {}, {}
     for file in files:
       opened = stack.enter_context(
-          safetensors.safe_open(file, framework="numpy")
+        safetensors.safe_open(file, framework="numpy")
       )
       for key in opened.keys():
         source[key] = opened
         shapes[key] = tuple(opened.get_slice(key).get_shape())
     return checked.from_foreign(
-        found,
-        {name: table.HUGGING_FACE_ENCODER},
-        lambda _: _Slices(source),
-        {name: shapes},
-        {name: ""},
+      found,
+      {name: table.HUGGING_FACE_ENCODER},
+      lambda _: _Slices(source),
+      {name: shapes},
+      {name: ""},
     )
 
 
@@ -108,8 +107,8 @@ def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:
   for key, value in supported.items():
     if settings.get(key, value if key != "model_type" else None) != value:
       raise ValueError(
-          f"{key} is {settings.get(key)!r} in its config.json; only "
-          f"{value!r} is supported"
+        f"{key} is {settings.get(key)!r} in its config.json; only "
+        f"{value!r} is supported"
       )
   pair = lambda x: tuple(x) if isinstance(x, (list, tuple)) else (x, x)
   patch = pair(settings.get("patch_size", 16))
@@ -118,18 +117,18 @@ def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:
   width = settings.get("hidden_size", 768)
   image_size = pair(settings.get("image_size", 224))
   return Weights(
-      networks={},
-      encoder=dict(
-          width=width,
-          depth=settings.get("num_hidden_layers", 12),
-          num_heads=settings.get("num_attention_heads", 12),
-          patch_size=patch[0],
-          mlp_ratio=settings.get("intermediate_size", 3072) / width,
-          norm_epsilon=settings.get("layer_norm_eps", 1e-12),
-          position_grid=models.patch_grid(*image_size, patch[0]),
-      ),
-      image_size=image_size,
-      channels=settings.get("num_channels", 3),
+    networks={},
+    encoder=dict(
+      width=width,
+      depth=settings.get("num_hidden_layers", 12),
+      num_heads=settings.get("num_attention_heads", 12),
+      patch_size=patch[0],
+      mlp_ratio=settings.get("intermediate_size", 3072) / width,
+      norm_epsilon=settings.get("layer_norm_eps", 1e-12),
+      position_grid=models.patch_grid(*image_size, patch[0]),
+    ),
+    image_size=image_size,
+    channels=settings.get("num_channels", 3),
   )
 
 
@@ -138,50 +137,47 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
   names = [n for n in weights_lib.ENCODERS if n in weights.networks]
   if len(names) != 1:
     raise ValueError(
-        f"a Hugging Face folder holds one encoder, and there are "
-        f"{', '.join(names)}; choose one with --which."
+      f"a Hugging Face folder holds one encoder, and there are "
+      f"{', '.join(names)}; choose one with --which."
     )
   encoder, (height, width) = weights.encoder, weights.image_size
   config = {
-      "architectures": ["IJepaModel"],
-      "model_type": "ijepa",
-      "jepa_jax_encoder": names[0],
-      "hidden_size": encoder["width"],
-      "num_hidden_layers": encoder["depth"],
-      "num_attention_heads": encoder["num_heads"],
-      "intermediate_size": int(
-          encoder["width"] * encoder["mlp_ratio"] + 1e-6
-      ),
-      "patch_size": encoder["patch_size"],
-      "image_size": height if height == width else [height, width],
-      "num_channels": weights.channels,
-      "layer_norm_eps": encoder["norm_epsilon"],
-      "hidden_act": "gelu",
-      "qkv_bias": True,
-      "hidden_dropout_prob": 0.0,
-      "attention_probs_dropout_prob": 0.0,
-      "torch_dtype": "float32",
+    "architectures": ["IJepaModel"],
+    "model_type": "ijepa",
+    "jepa_jax_encoder": names[0],
+    "hidden_size": encoder["width"],
+    "num_hidden_layers": encoder["depth"],
+    "num_attention_heads": encoder["num_heads"],
+    "intermediate_size": int(encoder["width"] * encoder["mlp_ratio"] + 1e-6),
+    "patch_size": encoder["patch_size"],
+    "image_size": height if height == width else [height, width],
+    "num_channels": weights.channels,
+    "layer_norm_eps": encoder["norm_epsilon"],
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "torch_dtype": "float32",
   }
   preprocessor = {
-      "image_processor_type": "ViTImageProcessor",
-      "do_resize": True,
-      "size": {"height": height, "width": width},
-      "do_rescale": True,
-      "rescale_factor": 1 / 255,
-      "do_normalize": True,
-      "image_mean": list(weights.mean),
-      "image_std": list(weights.std),
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": height, "width": width},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(weights.mean),
+    "image_std": list(weights.std),
   }
   folder.mkdir()
   for name, content in (("", config), ("preprocessor_", preprocessor)):
     text = json.dumps(content, indent=2) + "\n"
     (folder / f"{name}config.json").write_text(text)
+  rows = table.HUGGING_FACE_ENCODER
   arrays = {
-      key: np.ascontiguousarray(x)
-      for key, x in checked.to_foreign(weights, names[0], table.HUGGING_FACE_ENCODER)
+    key: np.ascontiguousarray(x)
+    for key, x in checked.to_foreign(weights, names[0], rows)
   }
   safetensors.numpy.save_file(
-      arrays, folder / "model.safetensors", {"format": "pt"}
+    arrays, folder / "model.safetensors", {"format": "pt"}
   )
-
-

@@ -15,22 +15,21 @@ import zipfile
 import numpy as np
 
 from jepa_jax import models
-from jepa_jax.convert import checked
-from jepa_jax.convert import table
+from jepa_jax.convert import checked, table
 from jepa_jax.convert.weights import Weights
 
 SUFFIXES = (".pth.tar", ".pth", ".pt")
 _NETWORKS = {
-    "context": "encoder",
-    "target": "target_encoder",
-    "predictor": "predictor",
+  "context": "encoder",
+  "target": "target_encoder",
+  "predictor": "predictor",
 }
 
 
 # NumPy scalars, such as a logged loss, carry no code; NumPy 1 and 2.
 _SCALARS = [
-    (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar")
-    for core in ("core", "_core")
+  (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar")
+  for core in ("core", "_core")
 ] + [np.dtype, codecs.encode]
 _SCALARS += [type(np.dtype(kind)) for kind in "fdlqi"]
 
@@ -40,8 +39,8 @@ def _import_torch() -> Any:
     import torch
   except ImportError:
     raise ValueError(
-        "a checkpoint of the released code needs PyTorch; install the extra "
-        'with pip install "jepa_jax[torch]".'
+      "a checkpoint of the released code needs PyTorch; install the extra "
+      'with pip install "jepa_jax[torch]".'
     ) from None
   return torch
 
@@ -53,8 +52,8 @@ class _Tensors(Mapping[str, np.ndarray]):
     # Data-parallel training prefixes every key.
     strip = all(str(key).startswith("module.") for key in tensors)
     self._tensors = {
-        str(key).removeprefix("module.") if strip else str(key): value
-        for key, value in tensors.items()
+      str(key).removeprefix("module.") if strip else str(key): value
+      for key, value in tensors.items()
     }
 
   def __getitem__(self, key: str) -> np.ndarray:
@@ -68,8 +67,8 @@ class _Tensors(Mapping[str, np.ndarray]):
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     return {
-        key: tuple(getattr(value, "shape", ()))
-        for key, value in self._tensors.items()
+      key: tuple(getattr(value, "shape", ()))
+      for key, value in self._tensors.items()
     }
 
 
@@ -79,27 +78,27 @@ def _load_torch(path: pathlib.Path) -> dict[str, Any]:
     # Mapped, so that what is not asked for (the optimizer) costs no memory.
     with torch.serialization.safe_globals(_SCALARS):
       return torch.load(
-          path,
-          map_location="cpu",
-          weights_only=True,
-          mmap=zipfile.is_zipfile(path),
+        path,
+        map_location="cpu",
+        weights_only=True,
+        mmap=zipfile.is_zipfile(path),
       )
   except Exception as error:  # Many kinds, of many lines.
     text = str(error)
     if code := re.search(r"GLOBAL ([\w.]+)", text):
       raise ValueError(
-          f"it wants to run code ({code[1]}) while loading; only tensors are "
-          "read, so it is refused"
+        f"it wants to run code ({code[1]}) while loading; only tensors are "
+        "read, so it is refused"
       ) from None
     first = (text.splitlines() or [""])[0][:120]
     raise ValueError(
-        "it cannot be read as a PyTorch checkpoint; it is damaged or something "
-        f"else ({type(error).__name__}: {first})"
+      "it cannot be read as a PyTorch checkpoint; it is damaged or something "
+      f"else ({type(error).__name__}: {first})"
     ) from None
 
 
 def read(
-    path: pathlib.Path, which: str, num_heads: int, predictor_heads: int
+  path: pathlib.Path, which: str, num_heads: int, predictor_heads: int
 ) -> Weights:
   """Loads a checkpoint; the arguments are those of convert.read.
 
@@ -110,15 +109,15 @@ def read(
   keys = checkpoint.keys() if isinstance(checkpoint, Mapping) else ()
   wanted = _NETWORKS if which == "all" else (which,)
   shapes = {
-      name: _Tensors(checkpoint[_NETWORKS[name]]).shapes()
-      for name in wanted
-      if _NETWORKS[name] in keys
-      and isinstance(checkpoint[_NETWORKS[name]], Mapping)
+    name: _Tensors(checkpoint[_NETWORKS[name]]).shapes()
+    for name in wanted
+    if _NETWORKS[name] in keys
+    and isinstance(checkpoint[_NETWORKS[name]], Mapping)
   }
   if not shapes.keys() - {"predictor"}:
     raise ValueError(
-        f'it has no "{_NETWORKS.get(which, "target_encoder")}"; its keys: '
-        f"{', '.join(map(str, list(keys)[:12])) or 'none'}"
+      f'it has no "{_NETWORKS.get(which, "target_encoder")}"; its keys: '
+      f"{', '.join(map(str, list(keys)[:12])) or 'none'}"
     )
   # Networks are read one by one: mapping the file anew for each lets go of
   # the pages of the one before.
@@ -130,11 +129,11 @@ def read(
     predictor = _infer_predictor(shapes["predictor"])
     predictor["num_heads"] = predictor_heads or settings["encoder"]["num_heads"]
   return checked.from_foreign(
-      Weights(networks={}, predictor=predictor, **settings),
-      {name: _rows(name) for name in shapes},
-      lambda name: _Tensors(_load_torch(path)[_NETWORKS[name]]),
-      shapes,
-      {name: f"{_NETWORKS[name]}: " for name in shapes},
+    Weights(networks={}, predictor=predictor, **settings),
+    {name: _rows(name) for name in shapes},
+    lambda name: _Tensors(_load_torch(path)[_NETWORKS[name]]),
+    shapes,
+    {name: f"{_NETWORKS[name]}: " for name in shapes},
   )
 
 
@@ -144,8 +143,8 @@ def write(weights: Weights, path: pathlib.Path, prefix: str) -> None:
   checkpoint = {}
   for name in weights.networks:
     checkpoint[_NETWORKS[name]] = {
-        prefix + key: torch.from_numpy(np.array(x, np.float32, order="C"))
-        for key, x in checked.to_foreign(weights, name, _rows(name))
+      prefix + key: torch.from_numpy(np.array(x, np.float32, order="C"))
+      for key, x in checked.to_foreign(weights, name, _rows(name))
     }
   torch.save(checkpoint, path)
 
@@ -157,14 +156,16 @@ def _rows(name: str) -> tuple[table.Row, ...]:
 
 
 def _vote(
-    shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int, otherwise: int
+  shapes: Mapping[str, tuple[int, ...]],
+  pattern: str,
+  axis: int,
+  otherwise: int,
 ) -> int:
   """The most common size, so that one misshapen key does not blame others."""
   sizes = collections.Counter(
-      shape[axis]
-      for key, shape in shapes.items()
-      if re.fullmatch(pattern, key)
-      and -len(shape) <= axis < len(shape)
+    shape[axis]
+    for key, shape in shapes.items()
+    if re.fullmatch(pattern, key) and -len(shape) <= axis < len(shape)
   )
   return sizes.most_common(1)[0][0] if sizes else otherwise
 
@@ -175,14 +176,14 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
 
 
 def _infer_encoder(
-    shapes: Mapping[str, tuple[int, ...]], num_heads: int
+  shapes: Mapping[str, tuple[int, ...]], num_heads: int
 ) -> dict[str, Any]:
   """What the shapes of a released encoder tell of its settings."""
   depth = _depth(shapes, "blocks")
   if not depth:
     raise ValueError(
-        "it is no encoder of the released code: no key starts with blocks.0.; "
-        f"its keys: {', '.join(list(shapes)[:12])}"
+      "it is no encoder of the released code: no key starts with blocks.0.; "
+      f"its keys: {', '.join(list(shapes)[:12])}"
     )
   width = _vote(shapes, r"(blocks\.\d+\.norm\d|norm)\.\w+", 0, 0)
   hidden = _vote(shapes, r"blocks\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
@@ -190,27 +191,29 @@ def _infer_encoder(
   patches = _vote(shapes, "pos_embed", 1, 1)
   side = round(patches**0.5)
   sizes = [
-      s for s in models.SIZES.values() if (s["width"], s["depth"]) == (width, depth)
+    size
+    for size in models.SIZES.values()
+    if (size["width"], size["depth"]) == (width, depth)
   ]
   if not num_heads and not sizes:
     raise ValueError(
-        f"width {width} and depth {depth} are of no known size, and the file "
-        "does not tell the number of attention heads; give --num_heads"
+      f"width {width} and depth {depth} are of no known size, and the file "
+      "does not tell the number of attention heads; give --num_heads"
     )
   if side * side != patches:
     raise ValueError(f"its {patches} positions are of no square grid")
   return dict(
-      encoder=dict(
-          width=width,
-          depth=depth,
-          num_heads=num_heads or sizes[0]["num_heads"],
-          patch_size=patch,
-          mlp_ratio=hidden / width,
-          norm_epsilon=1e-6,
-          position_grid=(side, side),
-      ),
-      image_size=(side * patch, side * patch),
-      channels=_vote(shapes, r"patch_embed\.proj\.weight", 1, 3),
+    encoder=dict(
+      width=width,
+      depth=depth,
+      num_heads=num_heads or sizes[0]["num_heads"],
+      patch_size=patch,
+      mlp_ratio=hidden / width,
+      norm_epsilon=1e-6,
+      position_grid=(side, side),
+    ),
+    image_size=(side * patch, side * patch),
+    channels=_vote(shapes, r"patch_embed\.proj\.weight", 1, 3),
   )
 
 
@@ -219,9 +222,7 @@ def _infer_predictor(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
   width = _vote(shapes, rf"{blocks}\.\d+\.norm\d\.\w+", 0, 4)
   hidden = _vote(shapes, rf"{blocks}\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
   return dict(
-      width=width,
-      depth=max(1, _depth(shapes, blocks)),
-      mlp_ratio=hidden / width,
+    width=width,
+    depth=max(1, _depth(shapes, blocks)),
+    mlp_ratio=hidden / width,
   )
-
-

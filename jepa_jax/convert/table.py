@@ -36,12 +36,12 @@ SAME = Transform(lambda x: x, lambda x, _: x)
 LINEAR = Transform(lambda x: x.T, lambda x, _: x.T)
 # [D, C, patch, patch] <-> [patch * patch * C, D]
 PATCHES = Transform(
-    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-    _kernel_to_convolution,
+  lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+  _kernel_to_convolution,
 )
 # [1, N, D] <-> [N, D]
 POSITIONS = Transform(
-    lambda x: x.reshape(-1, x.shape[-1]), lambda x, _: x[None]
+  lambda x: x.reshape(-1, x.shape[-1]), lambda x, _: x[None]
 )
 
 
@@ -64,8 +64,8 @@ class Row(NamedTuple):
     layers = range(depth) if "{}" in self.foreign else [0]
     choice = re.search(r"\{([a-z]+(?:,[a-z]+)+)\}", self.foreign)
     names = choice[1].split(",") if choice else [""]
-    pattern = self.foreign.replace(choice[0], "{part}") if choice else (
-        self.foreign
+    pattern = (
+      self.foreign.replace(choice[0], "{part}") if choice else (self.foreign)
     )
     pattern = pattern.replace("{}", "{layer}")
     return [[pattern.format(layer=i, part=n) for n in names] for i in layers]
@@ -73,15 +73,15 @@ class Row(NamedTuple):
 
 def _dense(foreign: str, path: str) -> tuple[Row, Row]:
   return (
-      Row(f"{foreign}.weight", f"{path}/kernel", LINEAR),
-      Row(f"{foreign}.bias", f"{path}/bias", SAME),
+    Row(f"{foreign}.weight", f"{path}/kernel", LINEAR),
+    Row(f"{foreign}.bias", f"{path}/bias", SAME),
   )
 
 
 def _norm(foreign: str, path: str) -> tuple[Row, Row]:
   return (
-      Row(f"{foreign}.weight", f"{path}/scale", SAME),
-      Row(f"{foreign}.bias", f"{path}/bias", SAME),
+    Row(f"{foreign}.weight", f"{path}/scale", SAME),
+    Row(f"{foreign}.bias", f"{path}/bias", SAME),
   )
 
 
@@ -95,53 +95,57 @@ def _blocks(foreign: str, names: Mapping[str, str]) -> tuple[Row, ...]:
 
 
 _RELEASED_BLOCK = {
-    "norm1": "norm1",
-    "qkv": "attn.qkv",
-    "out": "attn.proj",
-    "norm2": "norm2",
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
+  "norm1": "norm1",
+  "qkv": "attn.qkv",
+  "out": "attn.proj",
+  "norm2": "norm2",
+  "fc1": "mlp.fc1",
+  "fc2": "mlp.fc2",
 }
 _HUGGING_FACE_BLOCK = {
-    "norm1": "layernorm_before",
-    "qkv": "attention.attention.{query,key,value}",
-    "out": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
+  "norm1": "layernorm_before",
+  "qkv": "attention.attention.{query,key,value}",
+  "out": "attention.output.dense",
+  "norm2": "layernorm_after",
+  "fc1": "intermediate.dense",
+  "fc2": "output.dense",
 }
 
 # (foreign key, Flax path, transform). Both directions derive from these.
 RELEASED_ENCODER = (
-    Row("pos_embed", "positions", POSITIONS),
-    Row("patch_embed.proj.weight", "patch_embed/kernel", PATCHES),
-    Row("patch_embed.proj.bias", "patch_embed/bias", SAME),
-    *_blocks("blocks", _RELEASED_BLOCK),
-    *_norm("norm", "norm"),
+  Row("pos_embed", "positions", POSITIONS),
+  Row("patch_embed.proj.weight", "patch_embed/kernel", PATCHES),
+  Row("patch_embed.proj.bias", "patch_embed/bias", SAME),
+  *_blocks("blocks", _RELEASED_BLOCK),
+  *_norm("norm", "norm"),
 )
 RELEASED_PREDICTOR = (
-    Row("predictor_pos_embed", "positions", POSITIONS),
-    Row("mask_token", "mask_token", SAME),
-    *_dense("predictor_embed", "embed"),
-    *_blocks("predictor_blocks", _RELEASED_BLOCK),
-    *_norm("predictor_norm", "norm"),
-    *_dense("predictor_proj", "project"),
+  Row("predictor_pos_embed", "positions", POSITIONS),
+  Row("mask_token", "mask_token", SAME),
+  *_dense("predictor_embed", "embed"),
+  *_blocks("predictor_blocks", _RELEASED_BLOCK),
+  *_norm("predictor_norm", "norm"),
+  *_dense("predictor_proj", "project"),
 )
 HUGGING_FACE_ENCODER = (
-    Row("embeddings.position_embeddings", "positions", POSITIONS),
-    Row(
-        "embeddings.patch_embeddings.projection.weight",
-        "patch_embed/kernel",
-        PATCHES,
-    ),
-    Row("embeddings.patch_embeddings.projection.bias", "patch_embed/bias", SAME),
-    *_blocks("encoder.layer", _HUGGING_FACE_BLOCK),
-    *_norm("layernorm", "norm"),
+  Row("embeddings.position_embeddings", "positions", POSITIONS),
+  Row(
+    "embeddings.patch_embeddings.projection.weight",
+    "patch_embed/kernel",
+    PATCHES,
+  ),
+  Row(
+    "embeddings.patch_embeddings.projection.bias",
+    "patch_embed/bias",
+    SAME,
+  ),
+  *_blocks("encoder.layer", _HUGGING_FACE_BLOCK),
+  *_norm("layernorm", "norm"),
 )
 
 
 def from_foreign(
-    source: Mapping[str, Array], table: tuple[Row, ...], depth: int
+  source: Mapping[str, Array], table: tuple[Row, ...], depth: int
 ) -> Params:
   """Reads a table from foreign to Flax; rows that source lacks are left out.
 
@@ -171,7 +175,7 @@ def from_foreign(
 
 
 def to_foreign(
-    params: Params, table: tuple[Row, ...], patch_size: int = 1
+  params: Params, table: tuple[Row, ...], patch_size: int = 1
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Reads a table from Flax to foreign.
 
@@ -190,13 +194,12 @@ def to_foreign(
     for i, keys in enumerate(row.keys(len(array) if stacked else 1)):
       layer = array[i] if stacked else array
       layer = row.transform.to_foreign(layer, patch_size)
-      for key, part in zip(keys, np.split(layer, len(keys))):
-        yield key, part
+      yield from zip(keys, np.split(layer, len(keys)))
 
 
 def missing_and_extra(
-    given: Mapping[str, tuple[int, ...]],
-    needed: Mapping[str, tuple[int, ...]],
+  given: Mapping[str, tuple[int, ...]],
+  needed: Mapping[str, tuple[int, ...]],
 ) -> str:
   """All differences between two lists of shapes in one line; "" for none."""
   parts = []
@@ -205,9 +208,9 @@ def missing_and_extra(
   if extra := sorted(given.keys() - needed.keys()):
     parts.append(f"extra: {', '.join(extra)}")
   wrong = [
-      f"{key} is {list(given[key])}, not {list(needed[key])}"
-      for key in sorted(needed.keys() & given.keys())
-      if tuple(given[key]) != tuple(needed[key])
+    f"{key} is {list(given[key])}, not {list(needed[key])}"
+    for key in sorted(needed.keys() & given.keys())
+    if tuple(given[key]) != tuple(needed[key])
   ]
   if wrong:
     parts.append(f"misshapen: {', '.join(wrong)}")

@@ -58,7 +58,7 @@ class Weights:
     """Builds the network of a name; kwargs such as dtype and scan."""
     if name == "predictor":
       return models.Predictor(
-          **self.predictor, output_width=self.encoder["width"], **kwargs
+        **self.predictor, output_width=self.encoder["width"], **kwargs
       )
     return models.Encoder(**self.encoder, **kwargs)
 
@@ -72,11 +72,10 @@ class Weights:
       return self
     if which not in self.networks:
       raise ValueError(
-          f'there is no "{which}" encoder; there are: '
-          f"{', '.join(self.networks)}."
+        f'there is no "{which}" encoder; there are: {", ".join(self.networks)}.'
       )
     return dataclasses.replace(
-        self, networks={which: self.networks[which]}, predictor=None
+      self, networks={which: self.networks[which]}, predictor=None
     )
 
   def describe(self) -> str:
@@ -94,8 +93,8 @@ class Weights:
     for name, tree in self.networks.items():
       given |= flatten(name, tree)
     return table.missing_and_extra(
-        {key: x.shape for key, x in given.items()},
-        {key: x.shape for key, x in needed.items()},
+      {key: x.shape for key, x in given.items()},
+      {key: x.shape for key, x in needed.items()},
     )
 
 
@@ -103,8 +102,8 @@ def flatten(prefix: str, tree: Any) -> dict[str, Any]:
   """{"prefix/norm/scale": leaf, ...}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
-      f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": x
-      for path, x in leaves
+    f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": x
+    for path, x in leaves
   }
 
 
@@ -136,13 +135,13 @@ def from_config(config: Any) -> Weights:
   data = config["data"]
   encoder = pick(config["encoder"], _ENCODER_KEYS)
   return Weights(
-      networks={},
-      encoder={"norm_epsilon": 1e-6, "position_grid": None, **encoder},
-      predictor=pick(config["predictor"], _PREDICTOR_KEYS),
-      image_size=(data["image_size"],) * 2,
-      channels=data["channels"],
-      mean=tuple(data["mean"]),
-      std=tuple(data["std"]),
+    networks={},
+    encoder={"norm_epsilon": 1e-6, "position_grid": None, **encoder},
+    predictor=pick(config["predictor"], _PREDICTOR_KEYS),
+    image_size=(data["image_size"],) * 2,
+    channels=data["channels"],
+    mean=tuple(data["mean"]),
+    std=tuple(data["std"]),
   )
 
 
@@ -153,14 +152,14 @@ def abstract(weights: Weights, name: str) -> table.Params:
   if name == "predictor":
     ids = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
     context = jax.ShapeDtypeStruct(
-        (1, 1, 1, weights.encoder["width"]), jnp.float32
+      (1, 1, 1, weights.encoder["width"]), jnp.float32
     )
     init = lambda *args: module.init(rng, *args, weights.grid)
     return jax.eval_shape(init, context, ids, ids)["params"]
   grid = weights.encoder["position_grid"] or (1, 1)
   side = weights.encoder["patch_size"]
   images = jax.ShapeDtypeStruct(
-      (1, grid[0] * side, grid[1] * side, weights.channels), jnp.float32
+    (1, grid[0] * side, grid[1] * side, weights.channels), jnp.float32
   )
   return jax.eval_shape(lambda x: module.init(rng, x), images)["params"]
 
@@ -197,12 +196,13 @@ def settle_positions(weights: Weights) -> Weights:
     error = float(np.abs(positions - fixed).max())
     if not error <= _HALF_PRECISION:
       raise ValueError(
-          "the predictor's position embeddings are not the sine-cosine ones "
-          f"(by up to {error:.2g}); such a predictor is not supported."
+        "the predictor's position embeddings are not the sine-cosine ones "
+        f"(by up to {error:.2g}); such a predictor is not supported."
       )
     logging.warning(
-        "the predictor's position embeddings are %.1g off the sine-cosine "
-        "ones and are computed anew", error,
+      "the predictor's position embeddings are %.1g off the sine-cosine "
+      "ones and are computed anew",
+      error,
     )
     del networks[name]["positions"]
   if encoder["position_grid"] is not None:
@@ -212,9 +212,9 @@ def settle_positions(weights: Weights) -> Weights:
 
 
 def resize(
-    weights: Weights,
-    image_size: tuple[int, int],
-    positions: str = "recompute",
+  weights: Weights,
+  image_size: tuple[int, int],
+  positions: str = "recompute",
 ) -> Weights:
   """Fits the position embeddings to another image size.
 
@@ -235,33 +235,33 @@ def resize(
   """
   if positions not in ("recompute", "bicubic"):
     raise ValueError(
-        f'unknown positions "{positions}"; known: recompute, bicubic.'
+      f'unknown positions "{positions}"; known: recompute, bicubic.'
     )
   new = dataclasses.replace(weights, image_size=tuple(image_size))
+  grid = new.grid  # ValueError where the patch size does not divide it
   if positions == "recompute":
     if weights.encoder["position_grid"] is not None:
       raise ValueError(
-          "the stored position embeddings are not the sine-cosine ones; "
-          'recomputing would lose them: ask for positions "bicubic".'
+        "the stored position embeddings are not the sine-cosine ones; "
+        'recomputing would lose them: ask for positions "bicubic".'
       )
-    new.grid  # The patch size has to divide it.
     return new
   if "predictor" in weights.networks:
     raise ValueError(
-        'positions "bicubic" is for an encoder alone; choose the target or '
-        'the context encoder, or positions "recompute".'
+      'positions "bicubic" is for an encoder alone; choose the target or '
+      'the context encoder, or positions "recompute".'
     )
   networks = {}
   for name in weights.networks:
     params = with_positions(weights, name)
-    stretched = bicubic(params["positions"], weights.grid, new.grid)
+    stretched = bicubic(params["positions"], weights.grid, grid)
     networks[name] = {**params, "positions": stretched}
-  encoder = {**weights.encoder, "position_grid": new.grid}
+  encoder = {**weights.encoder, "position_grid": grid}
   return dataclasses.replace(new, networks=networks, encoder=encoder)
 
 
 def bicubic(
-    positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+  positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]
 ) -> np.ndarray:
   """Interpolates position embeddings.
 
@@ -293,13 +293,13 @@ def _cubic(size: int, new_size: int) -> np.ndarray:
     index = np.floor(center).astype(int) + offset
     d = np.abs(center - index)
     weight = np.where(
-        d <= 1,
-        ((a + 2) * d - (a + 3)) * d * d + 1,
-        ((a * d - 5 * a) * d + 8 * a) * d - 4 * a,
+      d <= 1,
+      ((a + 2) * d - (a + 3)) * d * d + 1,
+      ((a * d - 5 * a) * d + 8 * a) * d - 4 * a,
     )
     np.add.at(
-        matrix,
-        (np.arange(new_size), np.clip(index, 0, size - 1)),
-        weight,
+      matrix,
+      (np.arange(new_size), np.clip(index, 0, size - 1)),
+      weight,
     )
   return matrix
