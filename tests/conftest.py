@@ -1,0 +1,41 @@
+"""Shared parts of the tests: the reference data and a small config."""
+
+import pathlib
+
+import pytest
+
+from jepa_jax import config as config_lib
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def small_config():
+  """A complete config whose sizes all differ: B=4, grid 5 x 5, D=28, P=24."""
+  c = config_lib.defaults()
+  c.batch_size = 4
+  c.total = "6 steps"
+  c.data.source = "scenes"
+  c.data.num_scenes = (24, 10)
+  c.data.num_examples = 24
+  c.data.image_size = 40
+  c.masks.min_keep = 2
+  c.encoder.update(width=28, depth=5, num_heads=7, mlp_ratio=3.0)
+  c.encoder.patch_size = 8
+  c.predictor.update(width=24, depth=2, num_heads=3, mlp_ratio=2.0)
+  c.optimizer.warmup = "2 steps"
+  c.compute.dtype = "float32"
+  c.compute.scan = False
+  c.log_every = "2 steps"
+  c.checkpoint.every = "2 steps"
+  return c
+
+
+@pytest.fixture
+def config():
+  return small_config()
+
+
+@pytest.fixture(scope="session")
+def scenes_dir(tmp_path_factory):
+  """A folder that keeps the rendered scenes of all tests."""
+  return str(tmp_path_factory.mktemp("scenes"))

@@ -1,0 +1,258 @@
+"""The networks, by themselves."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_jax import models
+from jepa_jax.models import vit
+
+B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
+SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
+
+
+@pytest.fixture(scope="module")
+def images():
+  return jax.random.normal(jax.random.key(0), (B, H, W, C))
+
+
+@pytest.fixture(scope="module")
+def variables(images):
+  params = models.Encoder(**SETTINGS).init(jax.random.key(1), images)
+  # Biases start at zero and norms at one: move them, so that each matters.
+  keys = iter(jax.random.split(jax.random.key(2), 100))
+  return jax.tree.map(
+    lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params
+  )
+
+
+def test_patchify_cuts_row_major_patches():
+  image = np.arange(H * W * C).reshape(1, H, W, C)
+  patches = np.asarray(models.patchify(jnp.asarray(image), PATCH))
+  assert patches.shape == (1, 15, PATCH * PATCH * C)
+  row, column = 2, 3
+  expected = image[0, 8:12, 12:16].reshape(-1)
+  np.testing.assert_array_equal(patches[0, row * 5 + column], expected)
+
+
+def test_positions_are_separable_and_follow_the_formula():
+  positions = models.sincos_positions((3, 5), 8).reshape(3, 5, 8)
+  # First half: the column; second half: the row; sines before cosines.
+  assert np.allclose(positions[:, 2, :4], positions[:1, 2, :4])
+  assert np.allclose(positions[2, :, 4:], positions[2, :1, 4:])
+  frequencies = [1.0, 0.01]
+  expected = [np.sin(4 * f) for f in frequencies]
+  expected += [np.cos(4 * f) for f in frequencies]
+  np.testing.assert_allclose(positions[0, 4, :4], expected, atol=1e-6)
+  expected = [np.sin(2 * f) for f in frequencies]
+  expected += [np.cos(2 * f) for f in frequencies]
+  np.testing.assert_allclose(positions[2, 0, 4:], expected, atol=1e-6)
+
+
+def test_encoder_of_all_patches_in_any_order_is_the_same(images, variables):
+  encoder = models.Encoder(**SETTINGS)
+  whole = encoder.apply(variables, images)
+  assert whole.shape == (B, 15, 28)
+  order = jax.random.permutation(jax.random.key(3), 15)
+  chosen = encoder.apply(variables, images, jnp.tile(order, (B, 1)))
+  np.testing.assert_allclose(chosen, whole[:, order], atol=1e-5)
+
+
+def test_context_sees_its_own_patches_alone(images, variables):
+  encoder = models.Encoder(**SETTINGS)
+  ids = jnp.asarray([[0, 3, 7], [1, 8, 14]])
+  before = encoder.apply(variables, images, ids)
+  patches = models.patchify(images, PATCH)
+  outside = jnp.ones(patches.shape[:2], bool)
+  outside = outside.at[jnp.arange(B)[:, None], ids].set(False)
+  noisy = jnp.where(outside[..., None], 9.0, patches)
+  changed = noisy.reshape(B, 3, 5, PATCH, PATCH, C)
+  changed = changed.transpose(0, 1, 3, 2, 4, 5).reshape(images.shape)
+  np.testing.assert_allclose(
+    encoder.apply(variables, changed, ids), before, atol=1e-6
+  )
+  assert not np.allclose(encoder.apply(variables, changed)[:, 0], before[:, 0])
+
+
+def test_padding_changes_nothing(images, variables):
+  encoder = models.Encoder(**SETTINGS)
+  ids = jnp.asarray([[2, 5, 9], [4, 6, 11]])
+  padded = jnp.pad(ids, ((0, 0), (0, 4)))
+  valid = jnp.arange(7)[None] < jnp.asarray([[3], [3]])
+  np.testing.assert_allclose(
+    encoder.apply(variables, images, padded, valid)[:, :3],
+    encoder.apply(variables, images, ids),
+    atol=1e-5,
+  )
+
+
+def test_several_contexts_are_encoded_apart(images, variables):
+  encoder = models.Encoder(**SETTINGS)
+  ids = jnp.asarray([[[0, 1], [5, 7]], [[2, 3], [8, 14]]])
+  both = encoder.apply(variables, images, ids)
+  assert both.shape == (B, 2, 2, 28)
+  for s in range(2):
+    np.testing.assert_allclose(
+      both[:, s], encoder.apply(variables, images, ids[:, s]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 4, 5])
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_scan_and_remat_change_nothing(images, variables, layers, remat):
+  plain = models.Encoder(**SETTINGS)
+  other = models.Encoder(**SETTINGS, scan=True, remat=remat)
+
+  def loss(encoder):
+    def f(v):
+      return jnp.square(encoder.apply(v, images, layers=layers)).sum()
+
+    return jax.value_and_grad(f)(variables)
+
+  value, grads = loss(plain)
+  other_value, other_grads = loss(other)
+  np.testing.assert_allclose(value, other_value, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3)
+
+
+def test_last_layers_end_with_the_last(images, variables):
+  encoder = models.Encoder(**SETTINGS)
+  four = encoder.apply(variables, images, layers=4)
+  assert four.shape == (B, 15, 4 * 28)
+  np.testing.assert_allclose(
+    four[..., -28:], encoder.apply(variables, images), atol=1e-6
+  )
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(
+  images, variables
+):
+  encoder = models.Encoder(**SETTINGS, dtype=jnp.bfloat16)
+  params = encoder.init(jax.random.key(1), images)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  low = encoder.apply(variables, images)
+  high = models.Encoder(**SETTINGS).apply(variables, images)
+  assert low.dtype == jnp.bfloat16
+  assert jnp.linalg.norm(low - high) / jnp.linalg.norm(high) < 0.05
+
+
+@pytest.mark.parametrize("rate", ["dropout", "drop_path"])
+def test_stochastic_parts_act_in_training_alone(images, variables, rate):
+  encoder = models.Encoder(**SETTINGS, **{rate: 0.5})
+  plain = models.Encoder(**SETTINGS).apply(variables, images)
+  np.testing.assert_array_equal(encoder.apply(variables, images), plain)
+
+  def draw(seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return encoder.apply(variables, images, train=True, rngs=rngs)
+
+  np.testing.assert_array_equal(draw(0), draw(0))
+  assert not np.allclose(draw(0), draw(1))
+  assert not np.allclose(draw(0), plain)
+
+
+def test_attention_matches_flax():
+  shape = (2, 3, 5, 7)  # B, heads, N, head_dim
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), shape) for i in range(3)
+  )
+  valid = jnp.asarray([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]], bool)
+  swap = lambda x: x.transpose(0, 2, 1, 3)
+  expected = nn.dot_product_attention(
+    swap(q), swap(k), swap(v), mask=valid[:, None, None]
+  )
+  np.testing.assert_allclose(
+    vit.attend(q, k, v, valid), swap(expected), atol=1e-5
+  )
+
+
+@pytest.fixture(scope="module")
+def predictor_inputs():
+  context = jax.random.normal(jax.random.key(4), (B, 2, 3, 28))
+  context_ids = jnp.asarray([[[0, 1, 4], [2, 3, 6]], [[5, 8, 9], [1, 2, 7]]])
+  target_ids = jnp.asarray([[[10, 11], [12, 13], [9, 14]]] * B)
+  return context, context_ids, target_ids
+
+
+def test_predictor_predicts_blocks_and_contexts_apart(predictor_inputs):
+  context, context_ids, target_ids = predictor_inputs
+  predictor = models.Predictor(
+    width=24, depth=2, num_heads=3, output_width=28
+  )
+  args = (context, context_ids, target_ids, (3, 5))
+  variables = predictor.init(jax.random.key(5), *args)
+  variables = jax.tree.map(lambda x: x + 0.1, variables)
+  whole = predictor.apply(variables, *args)
+  assert whole.shape == (B, 2, 3, 2, 28)
+  for s in range(2):
+    for m in range(3):
+      alone = predictor.apply(
+        variables,
+        context[:, s : s + 1],
+        context_ids[:, s : s + 1],
+        target_ids[:, m : m + 1],
+        (3, 5),
+      )
+      np.testing.assert_allclose(alone[:, 0, 0], whole[:, s, m], atol=1e-5)
+
+
+def test_predictor_ignores_padding(predictor_inputs):
+  context, context_ids, target_ids = predictor_inputs
+  predictor = models.Predictor(
+    width=24, depth=2, num_heads=3, output_width=28
+  )
+  args = (context, context_ids, target_ids, (3, 5))
+  variables = predictor.init(jax.random.key(5), *args)
+  variables = jax.tree.map(lambda x: x + 0.1, variables)
+  pad = lambda x, by: jnp.pad(x, ((0, 0), (0, 0), (0, by)))
+  padded = predictor.apply(
+    variables,
+    jnp.pad(context, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=7.0),
+    pad(context_ids, 4),
+    pad(target_ids, 1),
+    (3, 5),
+    jnp.broadcast_to(jnp.arange(7) < 3, (B, 2, 7)),
+    jnp.broadcast_to(jnp.arange(3) < 2, (B, 3, 3)),
+  )
+  np.testing.assert_allclose(
+    padded[..., :2, :], predictor.apply(variables, *args), atol=1e-5
+  )
+
+
+def test_sizes_have_the_published_parameter_counts():
+  # ViT-H/14 without class token and with fixed positions: 630.8 M.
+  counts = {}
+  for name, patch_size in (("h", 14), ("b", 16)):
+    encoder = models.Encoder(**models.SIZES[name], patch_size=patch_size)
+    shapes = jax.eval_shape(
+      encoder.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))
+    )
+    counts[name] = sum(x.size for x in jax.tree.leaves(shapes))
+  d, l, f = 1280, 32, 5120
+  block = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d
+  assert counts["h"] == l * block + 14 * 14 * 3 * d + d + 2 * d
+  assert round(counts["h"] / 1e6) == 631
+  assert round(counts["b"] / 1e6) == 86
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(patch_size=7), "nearest patch sizes"),
+    (dict(num_heads=5), "not a multiple of 5 heads"),
+    (dict(width=30), "not a multiple of 4"),
+    (dict(remat="some"), "known: none, dots, full"),
+  ],
+)
+def test_misfits_are_named(images, change, message):
+  encoder = models.Encoder(**(SETTINGS | change))
+  with pytest.raises(ValueError, match=message):
+    encoder.init(jax.random.key(0), images)
+
+
+def test_too_many_layers_are_refused(images, variables):
+  with pytest.raises(ValueError, match="ask for 1 to 5"):
+    models.Encoder(**SETTINGS).apply(variables, images, layers=6)
