@@ -18,15 +18,14 @@ vitb16 and vitl16: they take its values with the paper's sizes and epochs.
 
 import ml_collections
 
-from jepa_jax import config
-from jepa_jax import models
+from jepa_jax import config, models
 
 VARIANTS = {
-    # size, patch size, image size, predictor depth, epochs
-    "vitb16": ("b", 16, 224, 6, 600),
-    "vitl16": ("l", 16, 224, 12, 600),
-    "vith14": ("h", 14, 224, 12, 300),
-    "vith16_448": ("h", 16, 448, 12, 300),
+  # size, patch size, image size, predictor depth, epochs
+  "vitb16": ("b", 16, 224, 6, 600),
+  "vitl16": ("l", 16, 224, 12, 600),
+  "vith14": ("h", 14, 224, 12, 300),
+  "vith16_448": ("h", 16, 448, 12, 300),
 }
 
 

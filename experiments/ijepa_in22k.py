@@ -13,13 +13,12 @@ Seen:      not run here.
 
 import ml_collections
 
-from jepa_jax import config
-from jepa_jax import models
+from jepa_jax import config, models
 
 VARIANTS = {
-    # size, patch size, predictor depth, epochs
-    "vith14": ("h", 14, 12, 66),
-    "vitg16": ("g", 16, 16, 44),
+  # size, patch size, predictor depth, epochs
+  "vith14": ("h", 14, 12, 66),
+  "vitg16": ("g", 16, 16, 44),
 }
 
 

@@ -23,8 +23,8 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 
 
 def run(
-    main: Callable[[argparse.Namespace], int | None],
-    parser: argparse.ArgumentParser,
+  main: Callable[[argparse.Namespace], int | None],
+  parser: argparse.ArgumentParser,
 ) -> None:
   """Parses the command line, calls main with it and exits.
 
@@ -61,16 +61,16 @@ def fail(error: Exception) -> int:
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
   """Adds --config; overrides of its keys come with it."""
   parser.add_argument(
-      "--config",
-      required=True,
-      metavar="FILE[:VARIANT]",
-      help="experiment, a Python file with get_config(variant); "
-      "--config.key=value overrides a key",
+    "--config",
+    required=True,
+    metavar="FILE[:VARIANT]",
+    help="experiment, a Python file with get_config(variant); "
+    "--config.key=value overrides a key",
   )
 
 
 def load_config(
-    path: str, overrides: list[str] | tuple[str, ...] = ()
+  path: str, overrides: list[str] | tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
   """Loads an experiment.
 
@@ -90,7 +90,7 @@ def load_config(
     folder = pathlib.Path(file).parent
     near = sorted(str(p) for p in folder.glob("*.py")) or ["none"]
     raise ValueError(
-        f'no config file "{file}"; in {folder}: {", ".join(near)}.'
+      f'no config file "{file}"; in {folder}: {", ".join(near)}.'
     )
   spec = importlib.util.spec_from_file_location("experiment", file)
   module = importlib.util.module_from_spec(spec)
@@ -112,9 +112,9 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
   keys = flatten(config)
   if not equals or name not in keys:
     raise ValueError(
-        f"{override} needs a value: --config.{name}=..."
-        if not equals
-        else _unknown("config key", name, list(keys))
+      f"{override} needs a value: --config.{name}=..."
+      if not equals
+      else _unknown("config key", name, list(keys))
     )
   old = keys[name]
   try:
@@ -122,7 +122,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
       value: Any = text
     elif isinstance(old, bool):
       value = {"true": True, "1": True, "false": False, "0": False}[
-          text.lower()
+        text.lower()
       ]
     else:
       value = ast.literal_eval(text)
@@ -137,13 +137,13 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     node[leaf] = value
   except (KeyError, SyntaxError, TypeError, ValueError):
     raise ValueError(
-        f'--config.{name} is "{text}"; it needs a {type(old).__name__}, such '
-        f"as {old!r}."
+      f'--config.{name} is "{text}"; it needs a {type(old).__name__}, such '
+      f"as {old!r}."
     ) from None
 
 
 def flatten(
-    config: ml_collections.ConfigDict | dict[str, Any], prefix: str = ""
+  config: ml_collections.ConfigDict | dict[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
   """Dotted key -> value of every leaf."""
   leaves: dict[str, Any] = {}
@@ -176,12 +176,14 @@ def tune_cpu() -> None:
   accelerators += glob.glob("/dev/vfio/[0-9]*")
   platforms = os.environ.get("JAX_PLATFORMS", "")
   on_cpu = platforms == "cpu" or not (platforms or accelerators)
-  if on_cpu and sys.platform == "linux" and (
-      "GLIBC_TUNABLES" not in os.environ
+  if (
+    on_cpu and sys.platform == "linux" and ("GLIBC_TUNABLES" not in os.environ)
   ):
-    os.environ["GLIBC_TUNABLES"] = ":".join([
+    os.environ["GLIBC_TUNABLES"] = ":".join(
+      [
         "glibc.malloc.hugetlb=1",
         "glibc.malloc.mmap_max=0",
         "glibc.malloc.trim_threshold=100000000000",
-    ])
+      ]
+    )
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -31,6 +31,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.batch_size = 2048  # images a step, over all devices and processes
   c.accumulate_steps = 1  # slices of a batch that go through one by one
   c.total = "300 epochs"  # how long to train
+  c.init_from = ""  # weights to start from, see jepa_jax.load; "": random
+  c.init_which = "target"  # or "context", into both encoders; or "all"
+  c.init_strict = True  # False leaves what the weights lack as it is
 
   c.data = ml_collections.ConfigDict()
   c.data.source = "tfds"  # "tfds", "folder" or "scenes" (rendered, no network)
@@ -116,7 +119,7 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def evaluation(
-    label: str, *, train: str = "train", test: str = "test", **data: Any
+  label: str, *, train: str = "train", test: str = "test", **data: Any
 ) -> ml_collections.ConfigDict:
   """Settings of one evaluation: a probe on frozen features.
 
@@ -141,8 +144,8 @@ def evaluation(
 
 
 def evaluation_data(
-    config: ml_collections.ConfigDict,
-    settings: ml_collections.ConfigDict | None,
+  config: ml_collections.ConfigDict,
+  settings: ml_collections.ConfigDict | None,
 ) -> ml_collections.ConfigDict:
   """config.data with what an evaluation changes of it."""
   data = ml_collections.ConfigDict(config.data)
@@ -156,7 +159,9 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
 
   def restore(value: Any) -> Any:
     if isinstance(value, dict):
-      return ml_collections.ConfigDict({k: restore(v) for k, v in value.items()})
+      return ml_collections.ConfigDict(
+        {k: restore(v) for k, v in value.items()}
+      )
     return tuple(value) if isinstance(value, list) else value
 
   try:
@@ -176,15 +181,15 @@ class Duration:
   def parse(cls, text: str, key: str) -> "Duration":
     """Reads "300 epochs"; ValueError names the key and the units."""
     match = re.fullmatch(
-        r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s+(step|epoch|example)s?\s*",
-        str(text),
+      r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s+(step|epoch|example)s?\s*",
+      str(text),
     )
     try:
       return cls(float(match[1]), match[2] + "s")
     except (TypeError, ValueError):
       raise ValueError(
-          f'{key} is "{text}"; it needs a number and a unit, such as '
-          '"300 epochs", "5000 steps" or "1e6 examples".'
+        f'{key} is "{text}"; it needs a number and a unit, such as '
+        '"300 epochs", "5000 steps" or "1e6 examples".'
       ) from None
 
   def steps(self, batch_size: int, num_examples: int) -> int:
@@ -208,8 +213,8 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
   duration = Duration.parse(value, key)
   if duration.unit == "epochs" and not config.data.num_examples:
     raise ValueError(
-        f'{key} is "{value}" but data.num_examples is 0; give the images an '
-        "epoch, or a duration in steps."
+      f'{key} is "{value}" but data.num_examples is 0; give the images an '
+      "epoch, or a duration in steps."
     )
   return duration.steps(config.batch_size, config.data.num_examples)
 
@@ -217,11 +222,11 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
 def needs_num_examples(config: ml_collections.ConfigDict) -> bool:
   """Whether a duration counts epochs of a size that is not known yet."""
   texts = [
-      config.total,
-      config.optimizer.warmup,
-      config.log_every,
-      config.checkpoint.every,
-      config.evaluate_every,
+    config.total,
+    config.optimizer.warmup,
+    config.log_every,
+    config.checkpoint.every,
+    config.evaluate_every,
   ]
   return not config.data.num_examples and any("epoch" in t for t in texts)
 
@@ -232,7 +237,7 @@ def choose(what: str, name: str, known: Any) -> None:
     near = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f'; did you mean "{near[0]}"?' if near else "."
     raise ValueError(
-        f'unknown {what} "{name}"; known: {", ".join(known)}{hint}'
+      f'unknown {what} "{name}"; known: {", ".join(known)}{hint}'
     )
 
 
@@ -244,38 +249,44 @@ def check(config: ml_collections.ConfigDict) -> None:
   """
   data, encoder = config.data, config.encoder
   choose("data source", data.source, ("tfds", "folder", "scenes"))
+  choose("init_which", config.init_which, ("target", "context", "all"))
   choose("loss", config.loss, ("smooth_l1", "l2"))
   choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
   choose("remat policy", config.compute.remat, ("none", "dots", "full"))
   choose(
-      "weight decay shape",
-      config.optimizer.weight_decay_shape,
-      ("cosine", "linear"),
+    "weight decay shape",
+    config.optimizer.weight_decay_shape,
+    ("cosine", "linear"),
   )
   for name in ("mean", "std"):
     if len(data[name]) != data.channels:
       raise ValueError(
-          f"data.{name} has {len(data[name])} values for {data.channels} "
-          "channels; give one a channel."
+        f"data.{name} has {len(data[name])} values for {data.channels} "
+        "channels; give one a channel."
       )
   if config.batch_size < 1 or config.accumulate_steps < 1:
     raise ValueError(
-        f"batch_size {config.batch_size} and accumulate_steps "
-        f"{config.accumulate_steps} need to be at least 1."
+      f"batch_size {config.batch_size} and accumulate_steps "
+      f"{config.accumulate_steps} need to be at least 1."
     )
   if config.batch_size % config.accumulate_steps:
     raise ValueError(
-        f"batch_size {config.batch_size} is not a multiple of "
-        f"accumulate_steps {config.accumulate_steps}; change one of them."
+      f"batch_size {config.batch_size} is not a multiple of "
+      f"accumulate_steps {config.accumulate_steps}; change one of them."
     )
   for name, network in (("encoder", encoder), ("predictor", config.predictor)):
     if network.width % network.num_heads or network.width % 4:
       raise ValueError(
-          f"{name}.width {network.width} needs to be a multiple of 4 and of "
-          f"its {network.num_heads} heads."
+        f"{name}.width {network.width} needs to be a multiple of 4 and of "
+        f"its {network.num_heads} heads."
       )
-  for key in ("total", "optimizer.warmup", "log_every", "checkpoint.every",
-              "evaluate_every"):
+  for key in (
+    "total",
+    "optimizer.warmup",
+    "log_every",
+    "checkpoint.every",
+    "evaluate_every",
+  ):
     value = config
     for part in key.split("."):
       value = value[part]
@@ -287,6 +298,6 @@ def check(config: ml_collections.ConfigDict) -> None:
       choose(f"features of evaluation {name}", features, ("last", "last4"))
     if "last4" in settings.features and encoder.depth < 4:
       raise ValueError(
-          f'evaluation {name} asks for the last four layers of an encoder of '
-          f'{encoder.depth}; leave "last4" out of its features.'
+        f"evaluation {name} asks for the last four layers of an encoder of "
+        f'{encoder.depth}; leave "last4" out of its features.'
       )

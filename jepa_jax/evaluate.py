@@ -17,7 +17,7 @@ from jepa_jax import command
 
 
 def evaluate(
-    program: Any, state: Any, names: list[str] | None = None
+  program: Any, state: Any, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
   """Runs the evaluations of a config.
 
@@ -51,24 +51,26 @@ def evaluate(
   def read(settings, split, encoder, encode):
     data = config_lib.evaluation_data(config, settings)
     dataset = pipeline.evaluation_dataset(
-        data, batch_size=batch_size, split=split, label=settings.label
+      data, batch_size=batch_size, split=split, label=settings.label
     )
     key = json.dumps([data.to_dict(), split])
     if (key, encoder) not in extracted:
       part = features_lib.extract(
-          encode,
-          dataset,
-          total=pipeline.num_examples(data, split),
-          description=f"{encoder} features of {split}",
-          progress=sys.stderr.isatty(),
+        encode,
+        dataset,
+        total=pipeline.num_examples(data, split),
+        description=f"{encoder} features of {split}",
+        progress=sys.stderr.isatty(),
       )
       extracted[key, encoder] = part["features"]
       extracted[key, settings.label] = part["labels"]
     if (key, settings.label) not in extracted:
-      extracted[key, settings.label] = np.concatenate([
+      extracted[key, settings.label] = np.concatenate(
+        [
           batch["label"][batch["valid"]]
           for batch in dataset.as_numpy_iterator()
-      ])
+        ]
+      )
     return extracted[key, encoder], extracted[key, settings.label]
 
   rows = []
@@ -78,35 +80,33 @@ def evaluate(
     sets = {}
     for encoder, encode in _encoders(program, state, settings).items():
       parts = [
-          read(settings, split, encoder, encode)
-          for split in (settings.train, settings.test)
+        read(settings, split, encoder, encode)
+        for split in (settings.train, settings.test)
       ]
       layers = ("pixels",) if encoder == "pixels" else settings.features
       for kind in layers:
         # The last layer's features are the last columns of the last four.
         columns = slice(-width if kind == "last" else None, None)
         sets[encoder, kind] = tuple(
-            {"features": features[:, columns], "labels": labels}
-            for features, labels in parts
+          {"features": features[:, columns], "labels": labels}
+          for features, labels in parts
         )
     rows += probes.probe_table(
-        name,
-        sets,
-        protocols=settings.protocols,
-        seed=config.seed,
-        progress=sys.stderr.isatty(),
+      name,
+      sets,
+      protocols=settings.protocols,
+      seed=config.seed,
+      progress=sys.stderr.isatty(),
     )
   return rows
 
 
 def scores(rows: list[dict[str, Any]]) -> dict[str, float]:
-  """Rows as metrics of the log: eval/name/protocol/features/encoder."""
+  """Rows as metrics of the log: "eval/<name>/<protocol> <features>"."""
   return {
-      "/".join(
-          ("eval", row["evaluation"], row["protocol"], row["features"],
-           row["encoder"])
-      ): row["top1"]
-      for row in rows
+    f"eval/{row['evaluation']}/{row['protocol']} {row['features']}": row["top1"]
+    for row in rows
+    if row["encoder"] == "trained"
   }
 
 
@@ -115,9 +115,9 @@ def best(rows: list[dict[str, Any]], config: Any) -> float | None:
   from jepa_jax import config as config_lib
 
   named = {
-      f"{row['evaluation']}/{row['protocol']}/{row['features']}": row["top1"]
-      for row in rows
-      if row["encoder"] == "trained"
+    f"{row['evaluation']}/{row['protocol']}/{row['features']}": row["top1"]
+    for row in rows
+    if row["encoder"] == "trained"
   }
   if not named:
     return None
@@ -127,8 +127,7 @@ def best(rows: list[dict[str, Any]], config: Any) -> float | None:
 
 
 def report(
-    program: Any, state: Any, rows: list[dict[str, Any]],
-    workdir: pathlib.Path
+  program: Any, state: Any, rows: list[dict[str, Any]], workdir: pathlib.Path
 ) -> pathlib.Path | None:
   """Writes the results, the pictures and the page; returns the page's path."""
   import jax
@@ -144,8 +143,8 @@ def report(
   path = report_lib.write(workdir)
   for row in rows:
     print(
-        f"{row['evaluation']} {row['protocol']} {row['features']} of "
-        f"{row['encoder']}: {row['top1']:.1f}"
+      f"{row['evaluation']} {row['protocol']} {row['features']} of "
+      f"{row['encoder']}: {row['top1']:.1f}"
     )
   print(f"report: {path}")
   return path
@@ -187,25 +186,21 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
     context = cover(batch["context_ids"], batch["context_valid"])
     arrays["masks_image"] = batch["image"]
     arrays["masks_context"] = context.any(axis=1)
-    arrays["masks_targets"] = cover(
-        batch["target_ids"], batch["target_valid"]
-    )
+    arrays["masks_targets"] = cover(batch["target_ids"], batch["target_valid"])
   held_out = next(iter(config.evaluations.values()), None)
   data = config_lib.evaluation_data(config, held_out)
   split = held_out.test if held_out else config.data.split
   batch = next(
-      pipeline.evaluation_dataset(
-          data, batch_size=count, split=split
-      ).as_numpy_iterator()
+    pipeline.evaluation_dataset(
+      data, batch_size=count, split=split
+    ).as_numpy_iterator()
   )
   images = batch["image"][batch["valid"]]
   arrays["features_image"] = images
 
   @jax.jit
   def patches(params, images):
-    images = ijepa.normalize_images(
-        images, config.data.mean, config.data.std
-    )
+    images = ijepa.normalize_images(images, config.data.mean, config.data.std)
     x = program.objective.encoder.apply({"params": params}, images)
     return x.reshape(len(images), h, w, -1).astype("float32")
 
@@ -243,7 +238,7 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
   def pooled(params, images):
     images = ijepa.normalize_images(images, data.mean, data.std)
     x = program.objective.encoder.apply(
-        {"params": params}, images, layers=layers
+      {"params": params}, images, layers=layers
     )
     return x.astype("float32").mean(axis=1)
 
@@ -290,20 +285,22 @@ def main(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
   flags = argparse.ArgumentParser(
-      prog="python -m jepa_jax.evaluate",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m jepa_jax.evaluate",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_argument("--workdir", required=True, help="folder of the run")
   flags.add_argument(
-      "--step", type=int, help="step of the checkpoint; the newest by default"
+    "--step", type=int, help="step of the checkpoint; the newest by default"
   )
   flags.add_argument(
-      "--only", default="", help="names of evaluations, with commas; all by "
-      "default"
+    "--only",
+    default="",
+    help="names of evaluations, with commas; all by default",
   )
   flags.add_argument(
-      "--report_only", action="store_true",
-      help="evaluate nothing, write the page from what is there",
+    "--report_only",
+    action="store_true",
+    help="evaluate nothing, write the page from what is there",
   )
   command.run(main, flags)

@@ -20,22 +20,22 @@ from jepa_jax import command
 
 # What may differ between the starts of one run without changing its result.
 _FREE_KEYS = (
-    "log_every",
-    "checkpoint.",
-    "collapse.",
-    "evaluat",
-    "data.data_dir",
-    "data.max_unreadable",
-    "data.prefetch",
-    "data.threads",
-    "mesh.",
-    "compute.scan",
-    "compute.remat",
+  "log_every",
+  "checkpoint.",
+  "collapse.",
+  "evaluat",
+  "data.data_dir",
+  "data.max_unreadable",
+  "data.prefetch",
+  "data.threads",
+  "mesh.",
+  "compute.scan",
+  "compute.remat",
 )
 
 
 def train_and_evaluate(
-    config: Any, workdir: str | pathlib.Path, *, stop_at: int = 0
+  config: Any, workdir: str | pathlib.Path, *, stop_at: int = 0
 ) -> int:
   """Runs an experiment from its newest checkpoint to its report.
 
@@ -54,13 +54,12 @@ def train_and_evaluate(
   import jax
 
   from jepa_jax import config as config_lib
-  from jepa_jax import evaluate
+  from jepa_jax import evaluate, pretrained
   from jepa_jax.data import pipeline
   from jepa_jax.training import checkpoints as checkpoints_lib
-  from jepa_jax.training import feed
+  from jepa_jax.training import feed, sharding
   from jepa_jax.training import log as log_lib
   from jepa_jax.training import program as program_lib
-  from jepa_jax.training import sharding
 
   workdir = pathlib.Path(workdir)
   config_lib.check(config)
@@ -72,16 +71,16 @@ def train_and_evaluate(
       config.data.num_examples = pipeline.num_examples(config.data)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   log_every, save_every, evaluate_every = (
-      config_lib.steps(config, key)
-      for key in ("log_every", "checkpoint.every", "evaluate_every")
+    config_lib.steps(config, key)
+    for key in ("log_every", "checkpoint.every", "evaluate_every")
   )
   unreadable = pipeline.Unreadable(config.data.max_unreadable)
   open_data = lambda start: pipeline.train_dataset(
-      config,
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      unreadable=unreadable,
+    config,
+    start_step=start,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    unreadable=unreadable,
   )
   dataset = open_data(0)  # what is wrong with the data shows here
   workdir.mkdir(parents=True, exist_ok=True)
@@ -89,38 +88,45 @@ def train_and_evaluate(
   end = min(stop_at or program.total_steps, program.total_steps)
 
   with (
-      Stopper() as stopper,
-      checkpoints_lib.Checkpoints(
-          workdir / "checkpoints", config.checkpoint
-      ) as checkpoints,
+    Stopper() as stopper,
+    checkpoints_lib.Checkpoints(
+      workdir / "checkpoints", config.checkpoint
+    ) as checkpoints,
   ):
     state = None
     if config.checkpoint.resume:
       state = checkpoints.restore(program.state_spec)
     elif checkpoints.steps():
       raise ValueError(
-          f"{workdir} holds checkpoints and checkpoint.resume is off; use "
-          "another workdir."
+        f"{workdir} holds checkpoints and checkpoint.resume is off; use "
+        "another workdir."
       )
     if state is None:
       state = program.init(config.seed)
+      if config.init_from:
+        state = pretrained.warm_start(
+          state,
+          config.init_from,
+          which=config.init_which,
+          strict=config.init_strict,
+        )
     step = start = int(state.step)
     if start:
       print(f"resuming from step {start}", file=sys.stderr)
       dataset = open_data(start)
     run = Run(workdir, config, program, start)
     with (
-        log_lib.Log(
-            workdir,
-            start=start,
-            total=program.total_steps,
-            unit=config.batch_size,
-        ) as log,
-        feed.Feed(
-            dataset.as_numpy_iterator(),
-            program.batch_spec,
-            config.data.prefetch,
-        ) as batches,
+      log_lib.Log(
+        workdir,
+        start=start,
+        total=program.total_steps,
+        unit=config.batch_size,
+      ) as log,
+      feed.Feed(
+        dataset.as_numpy_iterator(),
+        program.batch_spec,
+        config.data.prefetch,
+      ) as batches,
     ):
       meter = Meter(config, batches)
       while step < end and not stopper.stopped:
@@ -164,8 +170,8 @@ class Stopper:
 
   def __enter__(self) -> "Stopper":
     self._old = {
-        number: signal.signal(number, self._stop)
-        for number in (signal.SIGTERM, signal.SIGINT)
+      number: signal.signal(number, self._stop)
+      for number in (signal.SIGTERM, signal.SIGINT)
     }
     return self
 
@@ -194,7 +200,7 @@ class Meter:
     self._metrics: dict[str, Any] = {}
     self._named: set[str] = set()
     self._collapse = jax.jit(
-        lambda features: collapse.collapse_metrics(features[:256])
+      lambda features: collapse.collapse_metrics(features[:256])
     )
     self.images = 0  # since the first step, which compiles
     self.seconds = 0.0
@@ -212,9 +218,9 @@ class Meter:
     for step, loss in self._losses:
       if not math.isfinite(float(loss)):
         raise FloatingPointError(
-            f"the loss of step {step} is {float(loss)}; the last checkpoint "
-            "is of a step before it. Try a lower optimizer.lr, a longer "
-            "optimizer.warmup or optimizer.clip_norm=1."
+          f"the loss of step {step} is {float(loss)}; the last checkpoint "
+          "is of a step before it. Try a lower optimizer.lr, a longer "
+          "optimizer.warmup or optimizer.clip_norm=1."
         )
 
   def read(self, features: Any) -> dict[str, float]:
@@ -260,12 +266,15 @@ class Meter:
 class Run:
   """What the report says of a run beside its metrics, kept in run.json."""
 
-  def __init__(self, workdir: pathlib.Path, config: Any, program: Any,
-               start: int):
+  def __init__(
+    self, workdir: pathlib.Path, config: Any, program: Any, start: int
+  ):
     self._path = workdir / "run.json"
     self._config = config
     self._program = program
     self._begun = time.perf_counter()
+    now = datetime.datetime.now().astimezone()
+    self._started = now.isoformat(timespec="seconds")
     self._before: dict[str, Any] = {}
     if start and self._path.exists():
       self._before = json.loads(self._path.read_text())
@@ -280,30 +289,25 @@ class Run:
       return
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     sizes = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(part))
-        for name, part in self._program.state_spec.params.items()
+      name: sum(leaf.size for leaf in jax.tree.leaves(part))
+      for name, part in self._program.state_spec.params.items()
     }
     device = self._program.mesh.devices.flat[0]
     seconds = time.perf_counter() - self._begun
     record = {
-        "command": " ".join(sys.argv),
-        "started": self._before.get(
-            "started",
-            datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        ),
-        "device": device.device_kind,
-        "devices": self._program.mesh.size,
-        "processes": jax.process_count(),
-        "steps": step,
-        "seconds": round(seconds + self._before.get("seconds", 0.0), 1),
-        "images_per_second": round(meter.images / meter.seconds, 1)
-        if meter.seconds
-        else None,
-        "parameters": sizes,
-        "packages": {
-            name: importlib.metadata.version(name) for name in packages
-        },
-        "python": sys.version.split()[0],
+      "command": " ".join(sys.argv),
+      "started": self._before.get("started", self._started),
+      "device": device.device_kind,
+      "devices": self._program.mesh.size,
+      "processes": jax.process_count(),
+      "steps": step,
+      "seconds": round(seconds + self._before.get("seconds", 0.0), 1),
+      "images_per_second": round(meter.images / meter.seconds, 1)
+      if meter.seconds
+      else None,
+      "parameters": sizes,
+      "packages": {name: importlib.metadata.version(name) for name in packages},
+      "python": sys.version.split()[0],
     }
     self._path.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -324,41 +328,45 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
     old = command.flatten(json.loads(path.read_text()))
   except ValueError:
     raise ValueError(
-        f"{path} cannot be read; remove it or use another workdir."
+      f"{path} cannot be read; remove it or use another workdir."
     ) from None
   new = command.flatten(claim)
   changed = [
-      f"{key}={old.get(key)!r} there, {new.get(key)!r} here"
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+    f"{key}={old.get(key)!r} there, {new.get(key)!r} here"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
   ]
   if changed:
     raise ValueError(
-        f"workdir {workdir} holds a run of another config ("
-        f"{'; '.join(changed)}); use another workdir or that config."
+      f"workdir {workdir} holds a run of another config ("
+      f"{'; '.join(changed)}); use another workdir or that config."
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   return train_and_evaluate(
-      arguments.config, arguments.workdir, stop_at=arguments.stop_at
+    arguments.config, arguments.workdir, stop_at=arguments.stop_at
   )
 
 
 if __name__ == "__main__":
   flags = argparse.ArgumentParser(
-      prog="python -m jepa_jax.train",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m jepa_jax.train",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   command.add_config_flag(flags)
   flags.add_argument(
-      "--workdir", required=True, help="folder of this run; resumed if it "
-      "holds one"
+    "--workdir",
+    required=True,
+    help="folder of this run; resumed if it holds one",
   )
   flags.add_argument(
-      "--stop_at", type=int, default=0, metavar="STEP",
-      help="save and stop at this step (exit code 75); 0: the end",
+    "--stop_at",
+    type=int,
+    default=0,
+    metavar="STEP",
+    help="save and stop at this step (exit code 75); 0: the end",
   )
   command.run(main, flags)

@@ -1,6 +1,14 @@
 """Shared parts of the tests: the reference data and a small config."""
 
+import os
 import pathlib
+
+# Tests compile many small programs and run each a few times: XLA's optimizer
+# would take far longer than it saves. Before JAX starts.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import pytest
 

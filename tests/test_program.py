@@ -162,9 +162,7 @@ def losses_by_hand(objective, params, batch):
     std = jnp.sqrt(features.var(-1, keepdims=True) + 1e-5)
     targets = ((features - mean) / std)[0]
     ids = batch["context_ids"][i, 0][batch["context_valid"][i, 0]][None, None]
-    context = objective.encoder.apply(
-      {"params": params["encoder"]}, image, ids
-    )
+    context = objective.encoder.apply({"params": params["encoder"]}, image, ids)
     for m in range(batch["target_ids"].shape[1]):
       wanted = batch["target_ids"][i, m][batch["target_valid"][i, m]]
       predicted = objective.predictor.apply(

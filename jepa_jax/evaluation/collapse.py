@@ -8,8 +8,8 @@ so compute them at the steps that log rather than at every step.
 Axes: B images, D encoder width.
 """
 
-import math
 from collections.abc import Mapping
+import math
 
 import jax
 import jax.numpy as jnp

@@ -9,11 +9,11 @@ features.
 """
 
 import base64
+from collections.abc import Sequence
 import html
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 

@@ -12,16 +12,16 @@ pixels.
 Axes: n training images, B test images in a chunk, D features, K classes.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from scipy import optimize
+import tqdm
 
 Examples = Mapping[str, np.ndarray]  # {"features": [n, D], "labels": [n]}
 

@@ -12,19 +12,19 @@ workdir; every part is optional, and the page says which is missing:
                       features and features_random [n, h, w, D]
 """
 
+from collections.abc import Mapping, Sequence
 import html
 import io
 import json
 import math
 import os
 import string
+from typing import Any
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from etils import epath
+import numpy as np
 
 from jepa_jax.evaluation import collapse, figures, page
 
@@ -324,6 +324,8 @@ def _curves(metrics, notes, problem):
   known = {n for c in CHARTS.values() for names in c.values() for n in names}
   for name in sorted(set(metrics) - known):
     if name.startswith("eval/"):
+      if len(metrics[name][0]) < 2:
+        continue  # The table above says it already.
       group = name.removeprefix("eval/").rpartition("/")[0] or "evaluation"
       charts = sections.setdefault("Evaluations during training", {})
       charts[group] = (*charts.get(group, ()), name)

@@ -8,20 +8,22 @@ Axes, here and in every room that builds on this one:
   D encoder width, P predictor width, L layers.
 """
 
-from jepa_jax.models.vit import Encoder
-from jepa_jax.models.vit import gather_patches
-from jepa_jax.models.vit import patch_grid
-from jepa_jax.models.vit import patchify
-from jepa_jax.models.vit import Predictor
-from jepa_jax.models.vit import SIZES
-from jepa_jax.models.vit import sincos_positions
+from jepa_jax.models.vit import (
+  SIZES,
+  Encoder,
+  Predictor,
+  gather_patches,
+  patch_grid,
+  patchify,
+  sincos_positions,
+)
 
 __all__ = [
-    "Encoder",
-    "Predictor",
-    "SIZES",
-    "gather_patches",
-    "patch_grid",
-    "patchify",
-    "sincos_positions",
+  "Encoder",
+  "Predictor",
+  "SIZES",
+  "gather_patches",
+  "patch_grid",
+  "patchify",
+  "sincos_positions",
 ]

@@ -25,20 +25,20 @@ Dtype = Any
 
 # Encoder sizes by name; the keys are the arguments of Encoder.
 SIZES: dict[str, dict[str, Any]] = {
-    "ti": dict(width=192, depth=12, num_heads=3, mlp_ratio=4.0),
-    "s": dict(width=384, depth=12, num_heads=6, mlp_ratio=4.0),
-    "b": dict(width=768, depth=12, num_heads=12, mlp_ratio=4.0),
-    "l": dict(width=1024, depth=24, num_heads=16, mlp_ratio=4.0),
-    "h": dict(width=1280, depth=32, num_heads=16, mlp_ratio=4.0),
-    "g": dict(width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
+  "ti": dict(width=192, depth=12, num_heads=3, mlp_ratio=4.0),
+  "s": dict(width=384, depth=12, num_heads=6, mlp_ratio=4.0),
+  "b": dict(width=768, depth=12, num_heads=12, mlp_ratio=4.0),
+  "l": dict(width=1024, depth=24, num_heads=16, mlp_ratio=4.0),
+  "h": dict(width=1280, depth=32, num_heads=16, mlp_ratio=4.0),
+  "g": dict(width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
 }
 
 # What a block keeps for its backward pass: everything, the matrix products
 # with weights, or nothing but its input.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 # The released code truncates at 100 standard deviations: a plain normal.
@@ -65,9 +65,9 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
       divisors = [p for p in range(2, side + 1) if side % p == 0]
       nearest = sorted(divisors, key=lambda p: abs(p - patch_size))[:2]
       raise ValueError(
-          f"image size {side} is not a multiple of patch size {patch_size}; "
-          "nearest patch sizes that divide it: "
-          f"{', '.join(str(p) for p in sorted(nearest))}."
+        f"image size {side} is not a multiple of patch size {patch_size}; "
+        "nearest patch sizes that divide it: "
+        f"{', '.join(str(p) for p in sorted(nearest))}."
       )
   return height // patch_size, width // patch_size
 
@@ -88,7 +88,7 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
   """
   if images.ndim != 4:
     raise ValueError(
-        f"images have shape {images.shape}; they need to be [B, H, W, C]."
+      f"images have shape {images.shape}; they need to be [B, H, W, C]."
     )
   b, height, width, c = images.shape
   h, w = patch_grid(height, width, patch_size)
@@ -117,8 +117,8 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
   """
   if width % 4:
     raise ValueError(
-        f"width {width} is not a multiple of 4, as 2-D sine-cosine positions "
-        f"need; nearest: {width - width % 4 or 4}, {width - width % 4 + 4}."
+      f"width {width} is not a multiple of 4, as 2-D sine-cosine positions "
+      f"need; nearest: {width - width % 4 or 4}, {width - width % 4 + 4}."
     )
   h, w = grid
   frequencies = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
@@ -129,7 +129,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
   return np.concatenate([encode(columns), encode(rows)], axis=1).astype(
-      np.float32
+    np.float32
   )
 
 
@@ -147,10 +147,10 @@ def gather_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    valid: jax.Array | None,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array | None,
 ) -> jax.Array:
   """Scaled dot-product attention; scores and softmax in float32.
 
@@ -164,10 +164,10 @@ def attend(
     [B, heads, Q, head_dim] in the type of value.
   """
   scores = jnp.einsum(
-      "bhqd,bhkd->bhqk",
-      query * (query.shape[-1] ** -0.5),
-      key,
-      preferred_element_type=jnp.float32,
+    "bhqd,bhkd->bhqk",
+    query * (query.shape[-1] ** -0.5),
+    key,
+    preferred_element_type=jnp.float32,
   )
   if valid is not None:
     scores = jnp.where(valid[:, None, None, :], scores, -1e30)
@@ -211,10 +211,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      valid: jax.Array | None = None,
-      drop_path: jax.Array | float | None = None,
+    self,
+    x: jax.Array,
+    valid: jax.Array | None = None,
+    drop_path: jax.Array | float | None = None,
   ) -> jax.Array:
     """Applies the block.
 
@@ -229,10 +229,10 @@ class Block(nn.Module):
     """
     train = drop_path is not None
     norm = functools.partial(
-        nn.LayerNorm,
-        epsilon=self.norm_epsilon,
-        dtype=self.dtype,
-        use_fast_variance=False,
+      nn.LayerNorm,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      use_fast_variance=False,
     )
     dense = functools.partial(Dense, dtype=self.dtype)
     drop = nn.Dropout(self.dropout, deterministic=not train)
@@ -290,12 +290,12 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      valid: jax.Array | None = None,
-      *,
-      layers: int = 1,
-      train: bool = False,
+    self,
+    x: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    layers: int = 1,
+    train: bool = False,
   ) -> list[jax.Array]:
     """Applies all blocks.
 
@@ -314,18 +314,18 @@ class Transformer(nn.Module):
     """
     self._check(x.shape[-1], layers)
     block = Block(
-        num_heads=self.num_heads,
-        mlp_ratio=self.mlp_ratio,
-        dropout=self.dropout,
-        dtype=self.dtype,
-        norm_epsilon=self.norm_epsilon,
-        parent=None,
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      norm_epsilon=self.norm_epsilon,
+      parent=None,
     )
 
     def init_blocks(rng: jax.Array) -> Any:
       sample = jnp.zeros((1, 1, x.shape[-1]), x.dtype)
       return jax.vmap(lambda r: block.init(r, sample)["params"])(
-          jax.random.split(rng, self.depth)
+        jax.random.split(rng, self.depth)
       )
 
     params = self.param("blocks", init_blocks)
@@ -339,12 +339,12 @@ class Transformer(nn.Module):
       weights, extra = layer
       rngs = {"dropout": extra["rng"]} if stochastic else None
       return block.apply(
-          {"params": weights}, x, valid, extra.get("drop_path"), rngs=rngs
+        {"params": weights}, x, valid, extra.get("drop_path"), rngs=rngs
       )
 
     if self.remat != "none":
       apply_block = jax.checkpoint(
-          apply_block, policy=REMAT_POLICIES[self.remat]
+        apply_block, policy=REMAT_POLICIES[self.remat]
       )
     # The scan hands on its last output alone; what else is wanted is unrolled.
     scanned = 0
@@ -353,7 +353,9 @@ class Transformer(nn.Module):
     stacked = (params, per_layer)
     if scanned:
       head = jax.tree.map(lambda leaf: leaf[:scanned], stacked)
-      x, _ = jax.lax.scan(lambda x, l: (apply_block(x, l), None), x, head)
+      x, _ = jax.lax.scan(
+        lambda x, layer: (apply_block(x, layer), None), x, head
+      )
     outputs = [x]
     for layer in _unstack(stacked, scanned, self.depth):
       x = apply_block(x, layer)
@@ -363,18 +365,18 @@ class Transformer(nn.Module):
   def _check(self, width: int, layers: int) -> None:
     if self.remat not in REMAT_POLICIES:
       raise ValueError(
-          f'unknown remat policy "{self.remat}"; known: '
-          f"{', '.join(REMAT_POLICIES)}."
+        f'unknown remat policy "{self.remat}"; known: '
+        f"{', '.join(REMAT_POLICIES)}."
       )
     if not 1 <= layers <= self.depth:
       raise ValueError(
-          f"the last {layers} layers were asked of {self.depth}; ask for 1 to "
-          f"{self.depth}."
+        f"the last {layers} layers were asked of {self.depth}; ask for 1 to "
+        f"{self.depth}."
       )
     if width % self.num_heads:
       raise ValueError(
-          f"width {width} is not a multiple of {self.num_heads} heads; change "
-          "one of them."
+        f"width {width} is not a multiple of {self.num_heads} heads; change "
+        "one of them."
       )
 
 
@@ -384,15 +386,14 @@ def _unstack(tree: Any, start: int, stop: int) -> list[Any]:
   # One split, whose transpose is one concatenation: indexing layer by layer
   # would pad and add a full stack of gradients for every layer.
   columns = [
-      [jnp.squeeze(part, 0) for part in jax.lax.split(
-          leaf, [1] * leaf.shape[0])]
-      if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-      else list(leaf)
-      for leaf in leaves
+    [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * leaf.shape[0])]
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else list(leaf)
+    for leaf in leaves
   ]
   return [
-      jax.tree.unflatten(structure, [column[i] for column in columns])
-      for i in range(start, stop)
+    jax.tree.unflatten(structure, [column[i] for column in columns])
+    for i in range(start, stop)
   ]
 
 
@@ -434,13 +435,13 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      images: jax.Array,
-      patch_ids: jax.Array | None = None,
-      valid: jax.Array | None = None,
-      *,
-      layers: int = 1,
-      train: bool = False,
+    self,
+    images: jax.Array,
+    patch_ids: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    *,
+    layers: int = 1,
+    train: bool = False,
   ) -> jax.Array:
     """Encodes images.
 
@@ -473,22 +474,22 @@ class Encoder(nn.Module):
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
     outputs = Transformer(
-        depth=self.depth,
-        num_heads=self.num_heads,
-        mlp_ratio=self.mlp_ratio,
-        dropout=self.dropout,
-        drop_path=self.drop_path,
-        dtype=self.dtype,
-        scan=self.scan,
-        remat=self.remat,
-        norm_epsilon=self.norm_epsilon,
-        name="transformer",
+      depth=self.depth,
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dropout=self.dropout,
+      drop_path=self.drop_path,
+      dtype=self.dtype,
+      scan=self.scan,
+      remat=self.remat,
+      norm_epsilon=self.norm_epsilon,
+      name="transformer",
     )(x, valid, layers=layers, train=train)
     norm = nn.LayerNorm(
-        epsilon=self.norm_epsilon,
-        dtype=self.dtype,
-        use_fast_variance=False,
-        name="norm",
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      use_fast_variance=False,
+      name="norm",
     )
     x = jnp.concatenate([norm(y) for y in outputs], axis=-1)
     return x.reshape(*lead, layers * self.width)
@@ -499,12 +500,12 @@ class Encoder(nn.Module):
     stored = tuple(self.position_grid)
     if grid != stored:
       raise ValueError(
-          f"images have {grid[0]}x{grid[1]} patches but the stored position "
-          f"embeddings {stored[0]}x{stored[1]}; resize the images, or convert "
-          "the weights with --image_size and --positions bicubic."
+        f"images have {grid[0]}x{grid[1]} patches but the stored position "
+        f"embeddings {stored[0]}x{stored[1]}; resize the images, or convert "
+        "the weights with --image_size and --positions bicubic."
       )
     return self.param(
-        "positions", lambda _: jnp.asarray(sincos_positions(grid, self.width))
+      "positions", lambda _: jnp.asarray(sincos_positions(grid, self.width))
     )
 
 
@@ -539,15 +540,15 @@ class Predictor(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      context: jax.Array,
-      context_ids: jax.Array,
-      target_ids: jax.Array,
-      grid: tuple[int, int],
-      context_valid: jax.Array | None = None,
-      target_valid: jax.Array | None = None,
-      *,
-      train: bool = False,
+    self,
+    context: jax.Array,
+    context_ids: jax.Array,
+    target_ids: jax.Array,
+    grid: tuple[int, int],
+    context_valid: jax.Array | None = None,
+    target_valid: jax.Array | None = None,
+    *,
+    train: bool = False,
   ) -> jax.Array:
     """Predicts every target block from every context block.
 
@@ -589,19 +590,19 @@ class Predictor(nn.Module):
         target_valid = jnp.ones(target_ids.shape, bool)
       valid = pair(context_valid, target_valid)
     (x,) = Transformer(
-        depth=self.depth,
-        num_heads=self.num_heads,
-        mlp_ratio=self.mlp_ratio,
-        dtype=self.dtype,
-        scan=self.scan,
-        remat=self.remat,
-        name="transformer",
+      depth=self.depth,
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dtype=self.dtype,
+      scan=self.scan,
+      remat=self.remat,
+      name="transformer",
     )(pair(seen, asked), valid, train=train)
     x = nn.LayerNorm(
-        epsilon=_NORM_EPSILON,
-        dtype=self.dtype,
-        use_fast_variance=False,
-        name="norm",
+      epsilon=_NORM_EPSILON,
+      dtype=self.dtype,
+      use_fast_variance=False,
+      name="norm",
     )(x[:, k:])
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)

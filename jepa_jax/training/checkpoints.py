@@ -23,9 +23,9 @@ class Checkpoints:
   """
 
   def __init__(
-      self,
-      folder: pathlib.Path | str,
-      settings: ml_collections.ConfigDict | None = None,
+    self,
+    folder: pathlib.Path | str,
+    settings: ml_collections.ConfigDict | None = None,
   ):
     """Opens a folder.
 
@@ -40,25 +40,23 @@ class Checkpoints:
       policies.append(preservation_policy.LatestN(settings.keep))
       if settings.keep_best:
         policies.append(
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics["score"],
-                n=settings.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
+          preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            n=settings.keep_best,
+            keep_checkpoints_without_metrics=False,
+          )
         )
     elif not self._folder.is_dir():
       raise ValueError(f"no checkpoints in {self._folder}.")
     self._manager = ocp.CheckpointManager(
-        self._folder,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                policies
-            )
-            if policies
-            else None,
-            read_only=settings is None,
-            cleanup_tmp_directories=settings is not None,
-        ),
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies)
+        if policies
+        else None,
+        read_only=settings is None,
+        cleanup_tmp_directories=settings is not None,
+      ),
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -68,7 +66,7 @@ class Checkpoints:
     self._manager.close()
 
   def save(
-      self, state: program_lib.TrainState, score: float | None = None
+    self, state: program_lib.TrainState, score: float | None = None
   ) -> None:
     """Starts saving a state and returns once it is copied off the device.
 
@@ -80,10 +78,10 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     self._manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
-        metrics=None if score is None else {"score": score},
-        force=True,
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+      metrics=None if score is None else {"score": score},
+      force=True,
     )
 
   def wait(self) -> None:
@@ -95,7 +93,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def restore(
-      self, spec: program_lib.TrainState, step: int | None = None
+    self, spec: program_lib.TrainState, step: int | None = None
   ) -> program_lib.TrainState | None:
     """Loads a state.
 
@@ -113,29 +111,29 @@ class Checkpoints:
     steps = self.steps()
     if step is not None and step not in steps:
       raise ValueError(
-          f"no checkpoint of step {step} in {self._folder}; there are: "
-          f"{', '.join(map(str, steps)) or 'none'}."
+        f"no checkpoint of step {step} in {self._folder}; there are: "
+        f"{', '.join(map(str, steps)) or 'none'}."
       )
     wanted = [step] if step is not None else steps[::-1]
     for candidate in wanted:
       try:
         restored = self._manager.restore(
-            candidate,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(spec)),
+          candidate,
+          args=ocp.args.Composite(state=ocp.args.StandardRestore(spec)),
         )
         return restored["state"]
       except Exception as error:  # Orbax raises many kinds for damaged files.
         logging.error(
-            "checkpoint %s of %s cannot be read (%s: %s); trying the one "
-            "before it",
-            candidate,
-            self._folder,
-            type(error).__name__,
-            str(error).splitlines()[0] if str(error) else "",
+          "checkpoint %s of %s cannot be read (%s: %s); trying the one "
+          "before it",
+          candidate,
+          self._folder,
+          type(error).__name__,
+          str(error).splitlines()[0] if str(error) else "",
         )
     if wanted:
       raise ValueError(
-          f"none of the checkpoints {', '.join(map(str, wanted))} in "
-          f"{self._folder} can be read; see the log for why."
+        f"none of the checkpoints {', '.join(map(str, wanted))} in "
+        f"{self._folder} can be read; see the log for why."
       )
     return None

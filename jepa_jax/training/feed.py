@@ -18,10 +18,10 @@ class Feed:
   """
 
   def __init__(
-      self,
-      batches: Iterator[dict[str, np.ndarray]],
-      spec: dict[str, jax.ShapeDtypeStruct],
-      ahead: int = 2,
+    self,
+    batches: Iterator[dict[str, np.ndarray]],
+    spec: dict[str, jax.ShapeDtypeStruct],
+    ahead: int = 2,
   ):
     """Starts the thread.
 
@@ -34,7 +34,7 @@ class Feed:
     self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, ahead))
     self._stopped = threading.Event()
     self._thread = threading.Thread(
-        target=self._run, args=(batches, spec), daemon=True
+      target=self._run, args=(batches, spec), daemon=True
     )
     self._thread.start()
 
@@ -59,12 +59,14 @@ class Feed:
   def _run(self, batches, spec) -> None:
     try:
       for batch in batches:
-        self._put({
+        self._put(
+          {
             name: jax.make_array_from_process_local_data(
-                s.sharding, batch[name], s.shape
+              s.sharding, batch[name], s.shape
             )
             for name, s in spec.items()
-        })
+          }
+        )
         if self._stopped.is_set():
           return
       self._put(StopIteration())

@@ -15,7 +15,7 @@ class Log:
   """Writes metrics into a workdir; processes but the first write nothing."""
 
   def __init__(
-      self, workdir: pathlib.Path, *, start: int, total: int, unit: int
+    self, workdir: pathlib.Path, *, start: int, total: int, unit: int
   ):
     """Opens the log.
 
@@ -31,11 +31,11 @@ class Log:
     self._unit = unit
     # A bar that nobody watches would fill a file with half-drawn lines.
     self._bar = tqdm.tqdm(
-        initial=start,
-        total=total,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not (self._active and sys.stderr.isatty()),
+      initial=start,
+      total=total,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not (self._active and sys.stderr.isatty()),
     )
     if not self._active:
       return
@@ -69,17 +69,17 @@ class Log:
     if not self._active:
       return
     row = {
-        name: value if math.isfinite(value) else None
-        for name, value in metrics.items()
+      name: value if math.isfinite(value) else None
+      for name, value in metrics.items()
     }
     self._file.write(json.dumps({"step": step, **row}) + "\n")
     self._file.flush()
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
     shown = {
-        name: f"{metrics[name]:.4g}"
-        for name in ("loss", "images_per_second", "data_wait_seconds")
-        if name in metrics
+      name: f"{metrics[name]:.4g}"
+      for name in ("loss", "images_per_second", "data_wait_seconds")
+      if name in metrics
     }
     self._bar.set_postfix(shown)
     if self._bar.disable:

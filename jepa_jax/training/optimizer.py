@@ -44,13 +44,13 @@ def make_schedules(config: ml_collections.ConfigDict) -> Schedules:
   warmup = config_lib.steps(config, "optimizer.warmup")
   if total < 1:
     raise ValueError(
-        f'total "{config.total}" is {total} steps of {config.batch_size} '
-        "images; make it at least one."
+      f'total "{config.total}" is {total} steps of {config.batch_size} '
+      "images; make it at least one."
     )
   if warmup >= total:
     raise ValueError(
-        f'optimizer.warmup "{settings.warmup}" is {warmup} steps and total '
-        f'"{config.total}" is {total}; make the warm-up shorter.'
+      f'optimizer.warmup "{settings.warmup}" is {warmup} steps and total '
+      f'"{config.total}" is {total}; make the warm-up shorter.'
     )
   step = np.arange(1, total + 1, dtype=np.float64)
 
@@ -58,10 +58,10 @@ def make_schedules(config: ml_collections.ConfigDict) -> Schedules:
     return end + (start - end) * 0.5 * (1.0 + np.cos(np.pi * progress))
 
   rising = settings.lr_start + (settings.lr - settings.lr_start) * (
-      step / max(1, warmup)
+    step / max(1, warmup)
   )
   falling = cosine(
-      settings.lr, settings.lr_end, (step - warmup) / (total - warmup)
+    settings.lr, settings.lr_end, (step - warmup) / (total - warmup)
   )
   decay = (settings.weight_decay_start, settings.weight_decay_end)
   if settings.weight_decay_shape == "cosine":
@@ -70,9 +70,9 @@ def make_schedules(config: ml_collections.ConfigDict) -> Schedules:
     weight_decay = decay[0] + (decay[1] - decay[0]) * step / total
   first, last = config.momentum
   return Schedules(
-      lr=np.where(step < warmup, rising, falling),
-      weight_decay=weight_decay,
-      momentum=first + (last - first) * (step - 1.0) / total,
+    lr=np.where(step < warmup, rising, falling),
+    weight_decay=weight_decay,
+    momentum=first + (last - first) * (step - 1.0) / total,
   )
 
 
@@ -101,7 +101,7 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedules: Schedules
+  config: ml_collections.ConfigDict, schedules: Schedules
 ) -> optax.GradientTransformation:
   """AdamW with scheduled learning rate and weight decay.
 
@@ -109,12 +109,12 @@ def make_optimizer(
   """
   settings = config.optimizer
   adamw = optax.adamw(
-      lambda step: lookup(schedules.lr, step),
-      b1=settings.b1,
-      b2=settings.b2,
-      eps=settings.eps,
-      weight_decay=lambda step: lookup(schedules.weight_decay, step),
-      mask=decayed,
+    lambda step: lookup(schedules.lr, step),
+    b1=settings.b1,
+    b2=settings.b2,
+    eps=settings.eps,
+    weight_decay=lambda step: lookup(schedules.weight_decay, step),
+    mask=decayed,
   )
   if settings.clip_norm:
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)

@@ -11,15 +11,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import optax
 
 from jepa_jax import config as config_lib
 from jepa_jax import objectives
-from jepa_jax.training import optimizer
-from jepa_jax.training import sharding
+from jepa_jax.training import optimizer, sharding
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -84,9 +82,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   per_slice = config.batch_size // config.accumulate_steps
   if per_slice % mesh.size:
     raise ValueError(
-        f"batch_size {config.batch_size} in {config.accumulate_steps} slices "
-        f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
-        f"{_nearest_multiples(config.batch_size, mesh.size, config)}."
+      f"batch_size {config.batch_size} in {config.accumulate_steps} slices "
+      f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
+      f"{_nearest_multiples(config.batch_size, mesh.size, config)}."
     )
   objective = objectives.load(config.objective).from_config(config)
   schedules = optimizer.make_schedules(config)
@@ -95,11 +93,11 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   def init(rng: jax.Array) -> TrainState:
     params = objective.init(rng)
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        # A copy: the step is given both to overwrite.
-        target_params=jax.tree.map(jnp.copy, objective.tracked(params)),
-        opt_state=tx.init(params),
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      # A copy: the step is given both to overwrite.
+      target_params=jax.tree.map(jnp.copy, objective.tracked(params)),
+      opt_state=tx.init(params),
     )
 
   state_shapes = jax.eval_shape(init, jax.random.key(0))
@@ -108,35 +106,35 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   split = sharding.batch_sharding(mesh)
   jit_init = jax.jit(init, out_shardings=shardings)
   step = jax.jit(
-      _make_step(config, objective, schedules, tx),
-      in_shardings=(shardings, split),
-      out_shardings=(shardings, replicated, split),
-      donate_argnums=0,
+    _make_step(config, objective, schedules, tx),
+    in_shardings=(shardings, split),
+    out_shardings=(shardings, replicated, split),
+    donate_argnums=0,
   )
   with_sharding = lambda s, place: jax.ShapeDtypeStruct(
-      s.shape, s.dtype, sharding=place
+    s.shape, s.dtype, sharding=place
   )
   return Program(
-      config=config,
-      mesh=mesh,
-      objective=objective,
-      schedules=schedules,
-      total_steps=len(schedules.lr),
-      batch_spec={
-          name: with_sharding(s, split)
-          for name, s in objective.batch_spec(config.batch_size).items()
-      },
-      state_spec=jax.tree.map(with_sharding, state_shapes, shardings),
-      init=lambda seed: jit_init(jax.random.key(seed)),
-      step=step,
+    config=config,
+    mesh=mesh,
+    objective=objective,
+    schedules=schedules,
+    total_steps=len(schedules.lr),
+    batch_spec={
+      name: with_sharding(s, split)
+      for name, s in objective.batch_spec(config.batch_size).items()
+    },
+    state_spec=jax.tree.map(with_sharding, state_shapes, shardings),
+    init=lambda seed: jit_init(jax.random.key(seed)),
+    step=step,
   )
 
 
 def _make_step(
-    config: ml_collections.FrozenConfigDict,
-    objective: Any,
-    schedules: optimizer.Schedules,
-    tx: optax.GradientTransformation,
+  config: ml_collections.FrozenConfigDict,
+  objective: Any,
+  schedules: optimizer.Schedules,
+  tx: optax.GradientTransformation,
 ) -> Callable[..., Any]:
   """The train step as a plain function, before jit."""
 
@@ -154,7 +152,7 @@ def _make_step(
       return gradients(state, batch, rng)
     # Every device keeps its own images: slices are cut inside its share.
     cut = lambda x: jnp.moveaxis(
-        x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
+      x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
     )
 
     def add(grads, xs):
@@ -163,17 +161,17 @@ def _make_step(
       return jax.tree.map(jnp.add, grads, new), loss
 
     grads, losses = jax.lax.scan(
-        add,
-        jax.tree.map(jnp.zeros_like, state.params),
-        (jax.tree.map(cut, batch), jax.random.split(rng, slices)),
+      add,
+      jax.tree.map(jnp.zeros_like, state.params),
+      (jax.tree.map(cut, batch), jax.random.split(rng, slices)),
     )
     return grads, objectives.Loss(
-        total=losses.total.sum(),
-        weight=losses.weight.sum(),
-        metrics=jax.tree.map(lambda x: x.mean(axis=0), losses.metrics),
-        features=jnp.moveaxis(losses.features, 0, 1).reshape(
-            -1, losses.features.shape[-1]
-        ),
+      total=losses.total.sum(),
+      weight=losses.weight.sum(),
+      metrics=jax.tree.map(lambda x: x.mean(axis=0), losses.metrics),
+      features=jnp.moveaxis(losses.features, 0, 1).reshape(
+        -1, losses.features.shape[-1]
+      ),
     )
 
   def step(state, batch):
@@ -184,27 +182,27 @@ def _make_step(
     params = optax.apply_updates(state.params, updates)
     momentum = optimizer.lookup(schedules.momentum, state.step)
     target_params = jax.tree.map(
-        lambda target, new: momentum * target + (1.0 - momentum) * new,
-        state.target_params,
-        objective.tracked(params),
+      lambda target, new: momentum * target + (1.0 - momentum) * new,
+      state.target_params,
+      objective.tracked(params),
     )
     metrics = {
-        "loss": loss.total / loss.weight,
-        "learning_rate": optimizer.lookup(schedules.lr, state.step),
-        "weight_decay": optimizer.lookup(schedules.weight_decay, state.step),
-        "momentum": momentum,
-        "grad_norm": optax.global_norm(grads),
-        **{
-            f"grad_norm/{name}": optax.global_norm(part)
-            for name, part in grads.items()
-        },
-        **loss.metrics,
+      "loss": loss.total / loss.weight,
+      "learning_rate": optimizer.lookup(schedules.lr, state.step),
+      "weight_decay": optimizer.lookup(schedules.weight_decay, state.step),
+      "momentum": momentum,
+      "grad_norm": optax.tree.norm(grads),
+      **{
+        f"grad_norm/{name}": optax.tree.norm(part)
+        for name, part in grads.items()
+      },
+      **loss.metrics,
     }
     new_state = TrainState(
-        step=state.step + 1,
-        params=params,
-        target_params=target_params,
-        opt_state=opt_state,
+      step=state.step + 1,
+      params=params,
+      target_params=target_params,
+      opt_state=opt_state,
     )
     return new_state, metrics, loss.features
 
@@ -212,7 +210,7 @@ def _make_step(
 
 
 def _nearest_multiples(
-    batch_size: int, devices: int, config: ml_collections.FrozenConfigDict
+  batch_size: int, devices: int, config: ml_collections.FrozenConfigDict
 ) -> str:
   unit = devices * config.accumulate_steps
   below = batch_size // unit * unit

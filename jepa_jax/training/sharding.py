@@ -5,9 +5,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
 # Axes that split the batch; "fsdp" splits parameters too.
@@ -16,13 +14,13 @@ BATCH_AXES = ("data", "fsdp")
 # (pattern of the parameter's path, rule), first match wins. "split" cuts the
 # largest axis that the fsdp axis divides, layers last; "replicate" copies.
 RULES = (
-    (r"(bias|scale|mask_token|count|step)$", "replicate"),
-    (r".*", "split"),
+  (r"(bias|scale|mask_token|count|step)$", "replicate"),
+  (r".*", "split"),
 )
 
 
 def make_mesh(
-    axes: ml_collections.ConfigDict, devices: list[Any] | None = None
+  axes: ml_collections.ConfigDict, devices: list[Any] | None = None
 ) -> Mesh:
   """A named mesh over all devices.
 
@@ -42,14 +40,14 @@ def make_mesh(
   if math.prod(sizes.values()) != len(devices):
     asked = ", ".join(f"mesh.{name}={axes[name]}" for name in BATCH_AXES)
     raise ValueError(
-        f"{asked} does not fit {len(devices)} devices; make the product "
-        f"{len(devices)}, or one of them -1."
+      f"{asked} does not fit {len(devices)} devices; make the product "
+      f"{len(devices)}, or one of them -1."
     )
   return jax.make_mesh(
-      tuple(sizes.values()),
-      tuple(sizes),
-      devices=devices,
-      axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+    tuple(sizes.values()),
+    tuple(sizes),
+    devices=devices,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
   )
 
 
@@ -76,9 +74,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     parts = mesh.shape["fsdp"]
     if rule == "split" and parts > 1:
       fits = [
-          axis
-          for axis in range(1 if "blocks" in name else 0, leaf.ndim)
-          if leaf.shape[axis] % parts == 0
+        axis
+        for axis in range(1 if "blocks" in name else 0, leaf.ndim)
+        if leaf.shape[axis] % parts == 0
       ]
       if fits:
         spec[max(fits, key=lambda axis: leaf.shape[axis])] = "fsdp"

@@ -1,0 +1,95 @@
+"""Every experiment, and the command line's way to load it."""
+
+import pathlib
+
+import pytest
+
+from jepa_jax import command, objectives
+from jepa_jax import config as config_lib
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "experiments"
+EXPERIMENTS = ["quickstart", "ijepa_fashion_mnist"]
+EXPERIMENTS += [
+  f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")
+]
+EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16"]
+
+
+def load(name, *overrides):
+  file, _, variant = name.partition(":")
+  path = str(FOLDER / f"{file}.py")
+  return command.load_config(
+    f"{path}:{variant}" if variant else path, overrides
+  )
+
+
+def test_every_file_is_in_the_table():
+  named = {name.partition(":")[0] for name in EXPERIMENTS}
+  assert named == {path.stem for path in FOLDER.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_config_is_whole_and_its_head_says_how_to_run_it(name):
+  config = load(name)
+  config_lib.check(config)
+  objective = objectives.load(config.objective).from_config(config)
+  spec = objective.batch_spec(config.batch_size)
+  assert spec["image"].shape[0] == config.batch_size
+  file = name.partition(":")[0]
+  head = (FOLDER / f"{file}.py").read_text().split('"""')[1]
+  for word in ("Command:", "Hardware:", "Expected:", "Seen:"):
+    assert word in head, f"{file}.py does not say {word}"
+
+
+def test_released_shapes():
+  # Context patches that the released recipe trains on; see DESIGN's table.
+  config = load("ijepa_in1k:vith14")
+  shapes = objectives.load("ijepa").from_config(config).shapes
+  assert abs(shapes.context_patches - 68) <= 1
+  assert shapes.target_patches == 54
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_unknown_variants_are_named(name):
+  file = name.partition(":")[0]
+  with pytest.raises(ValueError, match="unknown variant"):
+    load(f"{file}:nothing")
+
+
+def test_overrides_reach_every_type():
+  config = load(
+    "quickstart",
+    "--config.batch_size=64",
+    "--config.data.flip=true",
+    "--config.data.name=x",
+    "--config.data.crop_scale=(0.5,0.75)",
+    "--config.optimizer.lr=3e-4",
+    "--config.evaluations.count.test=train",
+  )
+  assert config.batch_size == 64 and config.data.flip is True
+  assert config.data.name == "x" and config.data.crop_scale == (0.5, 0.75)
+  assert config.optimizer.lr == 3e-4
+  assert config.evaluations.count.test == "train"
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    ("--config.dat.flip=true", "nearest: data.flip"),
+    ("--config.data.flip=maybe", "needs a bool"),
+    ("--config.batch_size=1.5", "needs a int"),
+    ("--config.data.crop_scale=(0.5", "needs a tuple"),
+    ("--config.batch_size", "needs a value"),
+  ],
+)
+def test_bad_overrides_are_named(override, message):
+  with pytest.raises(ValueError, match=message):
+    load("quickstart", override)
+
+
+def test_missing_files_are_named(tmp_path):
+  with pytest.raises(ValueError, match="no config file.*quickstart.py"):
+    command.load_config(str(FOLDER / "quickstrat.py"))
+  (tmp_path / "empty.py").write_text("")
+  with pytest.raises(ValueError, match="defines no get_config"):
+    command.load_config(str(tmp_path / "empty.py"))

@@ -1,0 +1,291 @@
+"""Whole runs of the command's function: resume, stop, report, misuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jepa_jax import command, evaluate, train
+from jepa_jax import config as config_lib
+from jepa_jax.training import checkpoints, sharding
+from jepa_jax.training import program as program_lib
+
+
+@pytest.fixture
+def run_config(config, scenes_dir):
+  config.data.data_dir = scenes_dir
+  return config
+
+
+def final_params(config, workdir, step=None):
+  program = program_lib.build(config, sharding.make_mesh(config.mesh))
+  with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
+    state = saved.restore(program.state_spec, step)
+  return jax.tree.map(np.asarray, state)
+
+
+def metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
+  run_config, tmp_path
+):
+  whole, halves = tmp_path / "whole", tmp_path / "halves"
+  assert train.train_and_evaluate(run_config, whole) == 0
+  code = train.train_and_evaluate(run_config, halves, stop_at=3)
+  assert code == command.EXIT_PREEMPTED
+  assert train.train_and_evaluate(run_config, halves) == 0
+  a, b = (final_params(run_config, d) for d in (whole, halves))
+  assert int(a.step) == int(b.step) == 6
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    np.testing.assert_array_equal(x, y)
+  assert metrics(whole)[6]["loss"] == metrics(halves)[6]["loss"]
+
+
+def test_same_seed_same_losses_other_seed_others(run_config, tmp_path):
+  losses = {}
+  for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    run_config.seed = seed
+    train.train_and_evaluate(run_config, tmp_path / name, stop_at=2)
+    losses[name] = metrics(tmp_path / name)[2]["loss"]
+  assert losses["a"] == losses["b"] != losses["c"]
+
+
+def test_a_run_leaves_its_log_its_results_and_its_report(run_config, tmp_path):
+  run_config.evaluations.count = config_lib.evaluation("count")
+  run_config.evaluate_every = "4 steps"
+  train.train_and_evaluate(run_config, tmp_path)
+  rows = metrics(tmp_path)
+  assert set(rows) == {1, 2, 4, 6}
+  for name in (
+    "learning_rate",
+    "weight_decay",
+    "momentum",
+    "grad_norm",
+    "feature_std",
+    "effective_rank",
+    "mean_cosine",
+    "prediction_norm",
+    "target_norm",
+  ):
+    assert np.isfinite(rows[1][name]), name
+  assert rows[6]["images_per_second"] > 0
+  table = json.loads((tmp_path / "evaluations.json").read_text())
+  seen = {(r["protocol"], r["features"], r["encoder"]) for r in table}
+  assert seen == {
+    (p, f, e)
+    for p in ("linear", "knn")
+    for f, e in [
+      ("last", "trained"),
+      ("last4", "trained"),
+      ("last", "random"),
+      ("last4", "random"),
+      ("pixels", "pixels"),
+    ]
+  }
+  assert all(r["n_train"] == 24 and r["n_test"] == 10 for r in table)
+  page = (tmp_path / "report.html").read_text()
+  assert "count" in page and "<svg" in page
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert record["steps"] == 6 and record["parameters"]["encoder"] > 0
+  assert list((tmp_path / "tensorboard").iterdir())
+  # The score of step 4 is kept as the best; the newest two beside it.
+  assert sorted(
+    int(p.name)
+    for p in (tmp_path / "checkpoints").iterdir()
+    if p.name.isdigit()
+  ) == [4, 6]
+
+
+def test_evaluate_command_reads_a_finished_run(run_config, tmp_path, capsys):
+  run_config.evaluations.count = config_lib.evaluation("count")
+  train.train_and_evaluate(run_config, tmp_path)
+  before = json.loads((tmp_path / "evaluations.json").read_text())
+  flags = dict(
+    workdir=str(tmp_path), step=None, only="count", report_only=False
+  )
+  evaluate.main(type("Flags", (), flags)())
+  after = json.loads((tmp_path / "evaluations.json").read_text())
+  strip = lambda rows: [{**r, "seconds": 0} for r in rows]
+  assert strip(before) == strip(after)
+  flags["only"] = "size"
+  with pytest.raises(ValueError, match="known: count"):
+    evaluate.main(type("Flags", (), flags)())
+  flags |= dict(only="", step=5)
+  with pytest.raises(ValueError, match="no checkpoint of step 5.*there are"):
+    evaluate.main(type("Flags", (), flags)())
+
+
+def test_the_newest_checkpoint_damaged_falls_back(run_config, tmp_path, caplog):
+  train.train_and_evaluate(run_config, tmp_path, stop_at=4)
+  expected = final_params(run_config, tmp_path, 2)
+  for path in (tmp_path / "checkpoints" / "4").rglob("*"):
+    if path.is_file() and path.stat().st_size > 200:
+      path.write_bytes(b"\0" * 50)
+  restored = final_params(run_config, tmp_path)
+  assert int(restored.step) == 2
+  assert "checkpoint 4" in caplog.text
+  np.testing.assert_array_equal(
+    jax.tree.leaves(restored)[-1], jax.tree.leaves(expected)[-1]
+  )
+
+
+def test_a_half_written_checkpoint_is_ignored(run_config, tmp_path):
+  train.train_and_evaluate(run_config, tmp_path, stop_at=2)
+  half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+  half.mkdir()
+  (half / "part").write_text("x")
+  code = train.train_and_evaluate(run_config, tmp_path, stop_at=3)
+  assert code == command.EXIT_PREEMPTED
+  assert not half.exists()
+
+
+def test_a_run_may_start_from_the_weights_of_another(run_config, tmp_path):
+  first, second = tmp_path / "first", tmp_path / "second"
+  train.train_and_evaluate(run_config, first, stop_at=2)
+  trained = final_params(run_config, first)
+  run_config.seed = 5
+  run_config.init_from = str(first)
+  run_config.init_which = "all"
+  run_config.optimizer.lr_start = run_config.optimizer.lr = 0.0
+  run_config.optimizer.lr_end = 0.0
+  train.train_and_evaluate(run_config, second, stop_at=1)
+  started = final_params(run_config, second)
+  for a, b in zip(
+    jax.tree.leaves(trained.params), jax.tree.leaves(started.params)
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_config, tmp_path):
+  run_config.optimizer.lr_start = run_config.optimizer.lr = 1e30
+  with pytest.raises(FloatingPointError, match="loss of step"):
+    train.train_and_evaluate(run_config, tmp_path)
+  assert not (tmp_path / "report.html").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(run_config, tmp_path):
+  train.train_and_evaluate(run_config, tmp_path, stop_at=1)
+  run_config.log_every = "1 steps"  # may differ
+  train.train_and_evaluate(run_config, tmp_path, stop_at=2)
+  run_config.encoder.mlp_ratio = 2.0
+  with pytest.raises(ValueError, match="encoder.mlp_ratio=3.0 there, 2.0 here"):
+    train.train_and_evaluate(run_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("data.source", "web", "known: tfds, folder, scenes"),
+    ("encoder.patch_size", 7, "nearest patch sizes"),
+    ("masks.min_keep", 500, "min_keep"),
+    ("masks.name", "releasd", "released"),
+    ("batch_size", 0, "at least 1"),
+    ("accumulate_steps", 3, "not a multiple"),
+    ("compute.dtype", "float16", "known: float32, bfloat16"),
+    ("total", "soon", "a number and a unit"),
+    ("data.mean", (0.5,), "one a channel"),
+    ("encoder.width", 30, "multiple of 4"),
+  ],
+)
+def test_misuse_is_named_and_leaves_nothing(
+  run_config, tmp_path, key, value, message
+):
+  workdir = tmp_path / "run"
+  node = run_config
+  *parents, leaf = key.split(".")
+  for parent in parents:
+    node = node[parent]
+  node[leaf] = value
+  with pytest.raises(ValueError, match=message):
+    train.train_and_evaluate(run_config, workdir)
+  assert not workdir.exists()
+
+
+def test_an_empty_folder_is_named_and_leaves_nothing(run_config, tmp_path):
+  (tmp_path / "images").mkdir()
+  run_config.data.source = "folder"
+  run_config.data.name = str(tmp_path / "images")
+  with pytest.raises(ValueError, match="no image"):
+    train.train_and_evaluate(run_config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(scenes_dir, tmp_path):
+  overrides = {
+    "total": "100000 steps",
+    "optimizer.warmup": "2 steps",
+    "log_every": "1 steps",
+    "checkpoint.every": "0 steps",
+    "batch_size": 8,
+    "data.num_scenes": "(24, 10)",
+    "data.image_size": 40,
+    "data.data_dir": scenes_dir,
+    "encoder.depth": 4,
+    "encoder.width": 32,
+    "predictor.depth": 1,
+    "masks.min_keep": 2,
+  }
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "jepa_jax.train",
+      "--config",
+      "experiments/quickstart.py",
+      "--workdir",
+      str(tmp_path),
+      *(f"--config.{k}={v}" for k, v in overrides.items()),
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  while "step 3 of" not in process.stdout.readline():
+    assert process.poll() is None, process.stderr.read()
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == command.EXIT_PREEMPTED, errors
+  assert "stopped and saved at step" in errors
+  with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
+    assert saved.steps()[-1] >= 3
+
+
+def run_command(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "jepa_jax.train", *arguments],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config.encodr.width=3"], 'unknown config key "encodr.width"; nearest'),
+    (["--config.batch_size=many"], "needs a int, such as 128"),
+    (["--workdri=x"], "nearest: --workdir"),
+  ],
+)
+def test_the_command_line_answers_in_one_line(tmp_path, arguments, message):
+  done = run_command(
+    "--config",
+    "experiments/quickstart.py",
+    "--workdir",
+    str(tmp_path / "x"),
+    *arguments,
+  )
+  assert done.returncode == command.EXIT_BAD_INPUT
+  assert message in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / "x").exists()
