@@ -61,27 +61,27 @@ def failures(rows: list[Row]) -> list[Row]:
 
 
 def _compare_grid(
-    name: str, entry: dict[str, Any], settings: dict[str, Any], sampler: str
+  name: str, entry: dict[str, Any], settings: dict[str, Any], sampler: str
 ) -> list[Row]:
   coverage = np.asarray(entry["target_coverage_per_patch"])
   grid, n = coverage.shape, entry["num_images"]
   config = {
-      "name": sampler,
-      "num_contexts": settings["num_context_blocks"],
-      "num_targets": settings["num_target_blocks"],
-      "context_scale": settings["context_scale"],
-      "target_scale": settings["target_scale"],
-      "aspect_ratio": settings["aspect_ratio"],
-      "allow_overlap": settings["allow_overlap"],
-      "min_keep": entry["min_keep"],
-      "context_patches": math.prod(grid),  # all: nothing is cut
+    "name": sampler,
+    "num_contexts": settings["num_context_blocks"],
+    "num_targets": settings["num_target_blocks"],
+    "context_scale": settings["context_scale"],
+    "target_scale": settings["target_scale"],
+    "aspect_ratio": settings["aspect_ratio"],
+    "allow_overlap": settings["allow_overlap"],
+    "min_keep": entry["min_keep"],
+    "context_patches": math.prod(grid),  # all: nothing is cut
   }
   context, target = _draw(config, grid, OVERSAMPLING * n)
   shapes = blocks.enumerate_shapes(
-      tuple(config["target_scale"]),
-      tuple(config["aspect_ratio"]),
-      grid,
-      released=sampler == "released",
+    tuple(config["target_scale"]),
+    tuple(config["aspect_ratio"]),
+    grid,
+    released=sampler == "released",
   )
   counts = entry["target_block_shape_frequency"]
   rows = [_shapes_row(shapes.frequencies(), counts, n)]
@@ -91,22 +91,22 @@ def _compare_grid(
   union = target.any(1).sum(1).astype(float)
   rows += _moments("target union", union, entry["target_union_tokens"], n)
   for statistic, drawn, key in (
-      ("target coverage", target, "target_coverage_per_patch"),
-      ("context coverage", context, "context_coverage_per_patch"),
+    ("target coverage", target, "target_coverage_per_patch"),
+    ("context coverage", context, "context_coverage_per_patch"),
   ):
     rows.append(_coverage_row(statistic, drawn, np.asarray(entry[key]), n))
   return [dataclasses.replace(row, grid=name) for row in rows]
 
 
 def _draw(
-    config: dict[str, Any], grid: tuple[int, int], count: int
+  config: dict[str, Any], grid: tuple[int, int], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Contexts [images, S, N] and targets [images, M, N], bool."""
   contexts, targets = [], []
   for start in range(0, count, _CHUNK):
     index = np.arange(start, min(start + _CHUNK, count))
     drawn = masks.sample(
-        config, grid, seed=1, step=index, epoch=0 * index, index=index, xp=np
+      config, grid, seed=1, step=index, epoch=0 * index, index=index, xp=np
     )
     for kind, out in (("context", contexts), ("target", targets)):
       ids, valid = drawn[f"{kind}_ids"], drawn[f"{kind}_valid"]
@@ -118,17 +118,15 @@ def _draw(
 
 
 def _shapes_row(
-    ours: dict[tuple[int, int], float], reference: dict[str, float], n: int
+  ours: dict[tuple[int, int], float], reference: dict[str, float], n: int
 ) -> Row:
   counts = {
-      tuple(int(x) for x in key.split("x")): share * n
-      for key, share in reference.items()
+    tuple(int(x) for x in key.split("x")): share * n
+    for key, share in reference.items()
   }
   impossible = set(counts) - {shape for shape, p in ours.items() if p}
   if impossible:
-    return Row(
-        "", "block shapes", f"{sorted(impossible)}", "never drawn", 0.0
-    )
+    return Row("", "block shapes", f"{sorted(impossible)}", "never drawn", 0.0)
   cells = sorted((p * n, counts.get(shape, 0.0)) for shape, p in ours.items())
   pooled = [[0.0, 0.0]]
   for expected, observed in cells:
@@ -143,7 +141,7 @@ def _shapes_row(
   freedom = len(pooled) - 1
   p_value = scipy.stats.chi2.sf(chi2, freedom) if freedom else 1.0
   return Row(
-      "", "block shapes", f"{len(counts)} shapes", f"chi2 {chi2:.1f}", p_value
+    "", "block shapes", f"{len(counts)} shapes", f"chi2 {chi2:.1f}", p_value
   )
 
 
@@ -152,7 +150,7 @@ def _two_sided(z: float) -> float:
 
 
 def _moments(
-    statistic: str, ours: np.ndarray, reference: dict[str, float], n: int
+  statistic: str, ours: np.ndarray, reference: dict[str, float], n: int
 ) -> list[Row]:
   errors = 1 / n + 1 / len(ours)
   mean, std = ours.mean(), ours.std()
@@ -161,16 +159,16 @@ def _moments(
   z_mean = (reference["mean"] - mean) / max(std * math.sqrt(errors), 1e-6)
   z_std = (reference["std"] - std) / std_error
   return [
-      Row("", f"{statistic}: {key}", f"{reference[key]:.2f}", f"{x:.2f}", p)
-      for key, x, p in (
-          ("mean", mean, _two_sided(z_mean)),
-          ("std", std, _two_sided(z_std)),
-      )
+    Row("", f"{statistic}: {key}", f"{reference[key]:.2f}", f"{x:.2f}", p)
+    for key, x, p in (
+      ("mean", mean, _two_sided(z_mean)),
+      ("std", std, _two_sided(z_std)),
+    )
   ]
 
 
 def _quantiles(
-    ours: np.ndarray, reference: dict[str, Any], n: int
+  ours: np.ndarray, reference: dict[str, Any], n: int
 ) -> list[Row]:
   rows = []
   for key, value in reference["quantiles"].items():
@@ -188,8 +186,8 @@ def _quantiles(
   least, most = reference["min"], reference["max"]
   # Add-one estimates: our own tails are a sample, too.
   tails = {
-      "min": ((ours <= least).sum() + 1) / len(ours),
-      "max": ((ours >= most).sum() + 1) / len(ours),
+    "min": ((ours <= least).sum() + 1) / len(ours),
+    "max": ((ours >= most).sum() + 1) / len(ours),
   }
   inside = {"min": (ours < least).mean(), "max": (ours > most).mean()}
   for key, tail in tails.items():
@@ -203,7 +201,7 @@ def _quantiles(
 
 
 def _coverage_row(
-    statistic: str, drawn: np.ndarray, reference: np.ndarray, n: int
+  statistic: str, drawn: np.ndarray, reference: np.ndarray, n: int
 ) -> Row:
   share = drawn.mean(1)  # [images, N], of an image's blocks
   ours, variance = share.mean(0), share.var(0)
@@ -221,11 +219,11 @@ def _coverage_row(
   if strangers.any():
     worst, p_value = int(strangers.argmax()), 0.0
   return Row(
-      "",
-      f"{statistic}: worst patch {worst}",
-      f"{reference[worst]:.4f}",
-      f"{ours[worst]:.4f}",
-      p_value,
+    "",
+    f"{statistic}: worst patch {worst}",
+    f"{reference[worst]:.4f}",
+    f"{ours[worst]:.4f}",
+    p_value,
   )
 
 
@@ -240,12 +238,12 @@ def main(arguments: list[str] | None = None) -> int:
   print(f"{'grid':8} {'statistic':34} {'reference':>14} {'ours':>14} {'p':>9}")
   for row in rows:
     print(
-        f"{row.grid:8} {row.statistic:34} {row.reference:>14} {row.ours:>14}"
-        f" {row.p_value:9.2g}{'  FAILS' if row in bad else ''}"
+      f"{row.grid:8} {row.statistic:34} {row.reference:>14} {row.ours:>14}"
+      f" {row.p_value:9.2g}{'  FAILS' if row in bad else ''}"
     )
   print(
-      f"{len(rows) - len(bad)} of {len(rows)} tests pass at level"
-      f" {LEVEL / len(rows):.2g}"
+    f"{len(rows) - len(bad)} of {len(rows)} tests pass at level"
+    f" {LEVEL / len(rows):.2g}"
   )
   return 1 if bad else 0
 

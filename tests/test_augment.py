@@ -26,12 +26,12 @@ def crops(settings, sizes, orientations=None, seed=0, epoch=0, first=0):
     orientations = np.ones(len(sizes), int)
   index = first + np.arange(len(sizes))
   return augment.random_crops(
-      settings,
-      sizes,
-      orientations,
-      seed=seed,
-      epoch=np.full(len(sizes), epoch),
-      index=index,
+    settings,
+    sizes,
+    orientations,
+    seed=seed,
+    epoch=np.full(len(sizes), epoch),
+    index=index,
   )
 
 
@@ -47,8 +47,8 @@ def test_exif_rotation_is_undone(orientation):
   upright = ImageOps.exif_transpose(upright)
   header = decode.read_header(data)
   chosen = augment.central_crops(
-      np.asarray([[header.height, header.width]]),
-      np.asarray([header.orientation]),
+    np.asarray([[header.height, header.width]]),
+    np.asarray([header.orientation]),
   )
   got = test_decode.cut(data, chosen.boxes[0], chosen.turns[0])
   width, height = upright.size
@@ -100,8 +100,8 @@ def test_small_scales_are_uniform_in_area_and_log_ratio():
   share = boxes[:, 2] * boxes[:, 3] / 1e6
   log_ratio = np.log(boxes[:, 3] / boxes[:, 2])
   for values, low, high in (
-      (share, 0.1, 0.3),
-      (log_ratio, math.log(3 / 4), math.log(4 / 3)),
+    (share, 0.1, 0.3),
+    (log_ratio, math.log(3 / 4), math.log(4 / 3)),
   ):
     unit = np.sort((values - low) / (high - low))
     distance = np.abs(unit - (np.arange(4000) + 0.5) / 4000).max()
@@ -111,7 +111,7 @@ def test_small_scales_are_uniform_in_area_and_log_ratio():
 def test_where_no_try_fits_the_largest_central_crop_counts():
   boxes = crops(config(), [[10, 1000], [1000, 10], [1, 1]]).boxes
   np.testing.assert_array_equal(
-      boxes, [[0, 493, 10, 13], [493, 0, 13, 10], [0, 0, 1, 1]]
+    boxes, [[0, 493, 10, 13], [493, 0, 13, 10], [0, 0, 1, 1]]
   )
 
 
@@ -120,7 +120,7 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone():
   base = crops(config(), sizes).boxes
   np.testing.assert_array_equal(crops(config(), sizes[:9]).boxes, base[:9])
   np.testing.assert_array_equal(
-      crops(config(), sizes[:9], first=20).boxes, base[20:29]
+    crops(config(), sizes[:9], first=20).boxes, base[20:29]
   )
   for change in ({"seed": 1}, {"epoch": 1}, {"first": 64}):
     same = (crops(config(), sizes, **change).boxes == base).all(1)
@@ -150,19 +150,19 @@ def test_central_crops_are_the_largest_central_squares():
 def colors(count=4000, **changes):
   settings = {"color_jitter": 0.5, "blur": 0.0, "image_size": 224, **changes}
   return augment.random_colors(
-      types.SimpleNamespace(**settings),
-      seed=0,
-      epoch=np.zeros(count),
-      index=np.arange(count),
+    types.SimpleNamespace(**settings),
+    seed=0,
+    epoch=np.zeros(count),
+    index=np.arange(count),
   )
 
 
 def distort(image, color, **changes):
   settings = {"color_jitter": 1.0, "blur": 1.0, "image_size": 224, **changes}
   return augment.distort(
-      tf.constant(image, tf.float32),
-      tf.constant(color, tf.float32),
-      types.SimpleNamespace(**settings),
+    tf.constant(image, tf.float32),
+    tf.constant(color, tf.float32),
+    types.SimpleNamespace(**settings),
   ).numpy()
 
 
@@ -205,10 +205,10 @@ def test_each_change_is_the_one_it_is_named_after():
   grey = image @ np.asarray([[0.299], [0.587], [0.114]])
   blend = lambda base, share: np.clip(base + share * (image - base), 0, 255)
   expected = {
-      (1.3, 1, 1, 0, 0, 0): np.clip(1.3 * image, 0, 255),
-      (1, 0.4, 1, 0, 0, 0): blend(grey.mean(), 0.4),
-      (1, 1, 0.4, 0, 0, 0): blend(grey, 0.4),
-      (1, 1, 1, 0, 1, 0): np.repeat(grey, 3, -1),
+    (1.3, 1, 1, 0, 0, 0): np.clip(1.3 * image, 0, 255),
+    (1, 0.4, 1, 0, 0, 0): blend(grey.mean(), 0.4),
+    (1, 1, 0.4, 0, 0, 0): blend(grey, 0.4),
+    (1, 1, 1, 0, 1, 0): np.repeat(grey, 3, -1),
   }
   for color, wanted in expected.items():
     np.testing.assert_allclose(distort(image, color), wanted, atol=0.02)
@@ -222,7 +222,7 @@ def test_blur_is_gaussian():
   image = np.random.default_rng(0).uniform(0, 255, (20, 26, 3))
   blurred = distort(image, (1, 1, 1, 0, 0, 1.5))
   wanted = scipy.ndimage.gaussian_filter(
-      image, (1.5, 1.5, 0), mode="mirror", radius=(6, 6, 0)
+    image, (1.5, 1.5, 0), mode="mirror", radius=(6, 6, 0)
   )
   np.testing.assert_allclose(blurred, wanted, atol=0.05)
 

@@ -30,12 +30,12 @@ def encode(image=None, encoding="PNG", mode="RGB", **options):
 def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
   box = (0, 0, HEIGHT, WIDTH) if box is None else box
   return decode.decode_crop(
-      tf.constant(data),
-      tf.constant(box, tf.int32),
-      tf.constant(np.asarray(turn, bool)),
-      image_size=size,
-      channels=channels,
-      encoding=encoding,
+    tf.constant(data),
+    tf.constant(box, tf.int32),
+    tf.constant(np.asarray(turn, bool)),
+    image_size=size,
+    channels=channels,
+    encoding=encoding,
   ).numpy()
 
 
@@ -43,17 +43,17 @@ def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
 
 
 @pytest.mark.parametrize(
-    "encoding, options",
-    [
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-        ("PNG", {}),
-        ("GIF", {}),
-        ("BMP", {}),
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("WEBP", {"exif": b"Exif\0\0"}),
-    ],
+  "encoding, options",
+  [
+    ("JPEG", {}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("GIF", {}),
+    ("BMP", {}),
+    ("WEBP", {}),
+    ("WEBP", {"lossless": True}),
+    ("WEBP", {"exif": b"Exif\0\0"}),
+  ],
 )
 def test_header_tells_format_and_size(encoding, options):
   header = decode.read_header(encode(encoding=encoding, **options))
@@ -75,19 +75,19 @@ def png_of_size(height, width):
 
 
 @pytest.mark.parametrize(
-    "data, reason",
-    [
-        (b"", "empty"),
-        (b"not an image at all", "not a JPEG"),
-        (b"<html>" * 30, "not a JPEG"),
-        (encode(encoding="JPEG")[:30], "cut within its header"),
-        (encode(encoding="JPEG")[:-400], "cut before its end"),
-        (encode()[:18], "cut within its header"),
-        (png_of_size(30_000, 30_000), "30000 x 30000"),
-        (png_of_size(0, 5), "of 0 x 5"),
-        (b"\xff\xd8\xff\xd9", "without a frame"),
-        (b"\xff\xd8\x00\x00\x00\x00\x00", "broken header"),
-    ],
+  "data, reason",
+  [
+    (b"", "empty"),
+    (b"not an image at all", "not a JPEG"),
+    (b"<html>" * 30, "not a JPEG"),
+    (encode(encoding="JPEG")[:30], "cut within its header"),
+    (encode(encoding="JPEG")[:-400], "cut before its end"),
+    (encode()[:18], "cut within its header"),
+    (png_of_size(30_000, 30_000), "30000 x 30000"),
+    (png_of_size(0, 5), "of 0 x 5"),
+    (b"\xff\xd8\xff\xd9", "without a frame"),
+    (b"\xff\xd8\x00\x00\x00\x00\x00", "broken header"),
+  ],
 )
 def test_header_refuses_what_is_no_image(data, reason):
   with pytest.raises(ValueError, match=reason):
@@ -107,7 +107,7 @@ def test_damage_past_the_header_is_diagnosed():
 def test_crop_and_resize_as_pil_does_it(box, encoding):
   top, left, height, width = box
   expected = Image.fromarray(picture()).crop(
-      (left, top, left + width, top + height)
+    (left, top, left + width, top + height)
   )
   expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
   got = cut(encode(), box, encoding=encoding)
@@ -130,22 +130,22 @@ def test_same_size_is_the_same_image():
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    "encoding, mode",
-    [
-        ("JPEG", "RGB"),
-        ("JPEG", "L"),
-        ("JPEG", "CMYK"),
-        ("PNG", "RGB"),
-        ("PNG", "L"),
-        ("PNG", "LA"),
-        ("PNG", "RGBA"),
-        ("PNG", "P"),
-        ("PNG", "1"),
-        ("GIF", "P"),
-        ("BMP", "RGB"),
-        ("WEBP", "RGB"),
-        ("WEBP", "RGBA"),
-    ],
+  "encoding, mode",
+  [
+    ("JPEG", "RGB"),
+    ("JPEG", "L"),
+    ("JPEG", "CMYK"),
+    ("PNG", "RGB"),
+    ("PNG", "L"),
+    ("PNG", "LA"),
+    ("PNG", "RGBA"),
+    ("PNG", "P"),
+    ("PNG", "1"),
+    ("GIF", "P"),
+    ("BMP", "RGB"),
+    ("WEBP", "RGB"),
+    ("WEBP", "RGBA"),
+  ],
 )
 def test_any_kind_of_image_gets_its_channels(encoding, mode, channels):
   data = encode(encoding=encoding, mode=mode)

@@ -19,12 +19,12 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden/multiblock_statistics.json"
 # What a sampler needs beside the defaults, to have a legal mask on small grids.
 SAMPLERS = {
-    "released": {"min_keep": 2},
-    "corrected": {},
-    "block": {"num_targets": 1, "target_scale": (0.4, 0.6)},
-    "random": {"num_targets": 2, "target_scale": (0.2, 0.35)},
-    "rasterized": {"num_targets": 3},
-    "union": {},
+  "released": {"min_keep": 2},
+  "corrected": {},
+  "block": {"num_targets": 1, "target_scale": (0.4, 0.6)},
+  "random": {"num_targets": 2, "target_scale": (0.2, 0.35)},
+  "rasterized": {"num_targets": 3},
+  "union": {},
 }
 BLOCKS = ("released", "corrected", "block")
 NO_LEAK = ("corrected", "block", "random", "rasterized", "union")
@@ -32,24 +32,24 @@ NO_LEAK = ("corrected", "block", "random", "rasterized", "union")
 
 def config(name="released", **changes):
   return {
-      "name": name,
-      "num_contexts": 1,
-      "num_targets": 4,
-      "context_scale": (0.85, 1.0),
-      "target_scale": (0.15, 0.2),
-      "aspect_ratio": (0.75, 1.5),
-      "allow_overlap": False,
-      "min_keep": 4,
-      "context_patches": 0,
-      **SAMPLERS[name],
-      **changes,
+    "name": name,
+    "num_contexts": 1,
+    "num_targets": 4,
+    "context_scale": (0.85, 1.0),
+    "target_scale": (0.15, 0.2),
+    "aspect_ratio": (0.75, 1.5),
+    "allow_overlap": False,
+    "min_keep": 4,
+    "context_patches": 0,
+    **SAMPLERS[name],
+    **changes,
   }
 
 
 def draw(settings, grid, count=50, *, seed=0, step=0, epoch=0, first=0, xp=np):
   index = np.arange(first, first + count)
   drawn = masks.sample(
-      settings, grid, seed=seed, step=step, epoch=epoch, index=index, xp=xp
+    settings, grid, seed=seed, step=step, epoch=epoch, index=index, xp=xp
   )
   return {key: np.asarray(value) for key, value in drawn.items()}
 
@@ -65,8 +65,8 @@ def members(ids, valid, patches):
 def sets(drawn, grid):
   n = math.prod(grid)
   return (
-      members(drawn["context_ids"], drawn["context_valid"], n),
-      members(drawn["target_ids"], drawn["target_valid"], n),
+    members(drawn["context_ids"], drawn["context_valid"], n),
+    members(drawn["target_ids"], drawn["target_valid"], n),
   )
 
 
@@ -78,8 +78,8 @@ def check_promises(settings, grid, drawn):
   """What every sampler promises of every batch."""
   name, shapes = settings["name"], masks.mask_shapes(settings, grid)
   sizes = {
-      "context": (shapes.num_contexts, shapes.context_patches),
-      "target": (shapes.num_targets, shapes.target_patches),
+    "context": (shapes.num_contexts, shapes.context_patches),
+    "target": (shapes.num_targets, shapes.target_patches),
   }
   context, target = sets(drawn, grid)
   for kind, size in sizes.items():
@@ -118,14 +118,14 @@ def test_promises_hold_for_any_settings(name, data):
   targets = data.draw(st.integers(1, 5))
   aspect = data.draw(st.floats(0.5, 1.0))
   settings = config(
-      name,
-      num_contexts=contexts,
-      num_targets=3 if name == "rasterized" else targets,
-      context_scale=(data.draw(st.floats(0.4, 0.9)), 1.0),
-      target_scale=(low, low + data.draw(st.floats(0, 0.15))),
-      aspect_ratio=(aspect, aspect + data.draw(st.floats(0, 1))),
-      allow_overlap=data.draw(st.booleans()),
-      min_keep=data.draw(st.integers(0, 6)),
+    name,
+    num_contexts=contexts,
+    num_targets=3 if name == "rasterized" else targets,
+    context_scale=(data.draw(st.floats(0.4, 0.9)), 1.0),
+    target_scale=(low, low + data.draw(st.floats(0, 0.15))),
+    aspect_ratio=(aspect, aspect + data.draw(st.floats(0, 1))),
+    allow_overlap=data.draw(st.booleans()),
+    min_keep=data.draw(st.integers(0, 6)),
   )
   try:
     masks.mask_shapes(settings, grid)
@@ -142,17 +142,17 @@ def check_agreement(settings, grid, count, *, seed, step, epoch, first):
   expected = draw(settings, grid, count, first=first, **options)
 
   @functools.partial(
-      jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
   )
   def in_jax(step, epoch, index):
     return masks.sample(
-        settings, grid, seed=seed, step=step, epoch=epoch, index=index
+      settings, grid, seed=seed, step=step, epoch=epoch, index=index
     )
 
   @tf.function
   def in_tensorflow(step, epoch, index):
     return tf_masks.sample(
-        settings, grid, seed=seed, step=step, epoch=epoch, index=index
+      settings, grid, seed=seed, step=step, epoch=epoch, index=index
     )
 
   arrays = (np.int64(step), np.full(count, epoch), np.arange(count) + first)
@@ -171,11 +171,11 @@ def test_numpy_jax_and_tensorflow_draw_the_same_masks(name):
 
 
 @pytest.mark.parametrize(
-    "settings, grid",
-    [
-        (config("released", min_keep=3, context_scale=(0.3, 0.3)), (6, 5)),
-        (config("corrected", target_scale=(0.5, 0.6), min_keep=6), (4, 5)),
-    ],
+  "settings, grid",
+  [
+    (config("released", min_keep=3, context_scale=(0.3, 0.3)), (6, 5)),
+    (config("corrected", target_scale=(0.5, 0.6), min_keep=6), (4, 5)),
+  ],
 )
 def test_they_agree_where_most_first_draws_are_illegal(settings, grid):
   drawn = check_agreement(settings, grid, 64, seed=0, step=0, epoch=0, first=0)
@@ -188,12 +188,12 @@ def test_an_image_has_its_masks_whatever_its_batch(name):
   whole = draw(config(name), grid, 30, step=4, epoch=2)
   for part in (slice(0, 7), slice(7, 30)):
     alone = draw(
-        config(name),
-        grid,
-        part.stop - part.start,
-        step=4,
-        epoch=2,
-        first=part.start,
+      config(name),
+      grid,
+      part.stop - part.start,
+      step=4,
+      epoch=2,
+      first=part.start,
     )
     for key in whole:
       np.testing.assert_array_equal(alone[key], whole[key][part])
@@ -246,7 +246,7 @@ def test_released_shapes_follow_from_one_uniform_number():
   # u = 0: area floor(.15 * 256) = 38, aspect .75: round(sqrt(28.5)) = 5 by
   # round(sqrt(50.7)) = 7. u = 1: area 51, aspect 1.5: 9 x 6.
   shapes = blocks.enumerate_shapes(
-      (0.15, 0.2), (0.75, 1.5), (16, 16), released=True
+    (0.15, 0.2), (0.75, 1.5), (16, 16), released=True
   )
   ends = shapes.table[[0, -1]]
   assert shapes.heights[ends].tolist() == [5, 9]
@@ -290,21 +290,21 @@ def released_context_size(rng, grid, target, context, m, min_keep):
 def test_released_leaks_as_often_as_the_procedure_step_by_step():
   grid, m, min_keep = (6, 5), 3, 7
   settings = config(
-      "released",
-      num_targets=m,
-      min_keep=min_keep,
-      target_scale=(0.4, 0.4),  # 12 patches: 3 x 4
-      aspect_ratio=(0.8, 0.8),
-      context_scale=(0.6, 0.6),  # 18 patches: 4 x 4
-      context_patches=30,
+    "released",
+    num_targets=m,
+    min_keep=min_keep,
+    target_scale=(0.4, 0.4),  # 12 patches: 3 x 4
+    aspect_ratio=(0.8, 0.8),
+    context_scale=(0.6, 0.6),  # 18 patches: 4 x 4
+    context_patches=30,
   )
   count, rng = 3000, np.random.default_rng(0)
   drawn = draw(settings, grid, count)
   context, target = sets(drawn, grid)
   leaks = (context & target.any(1, keepdims=True)).any((1, 2))
   procedure = [
-      released_context_size(rng, grid, (3, 4), (4, 4), m, min_keep)
-      for _ in range(count)
+    released_context_size(rng, grid, (3, 4), (4, 4), m, min_keep)
+    for _ in range(count)
   ]
   expected_sizes, expected_leaks = map(np.asarray, zip(*procedure))
   assert 0.02 < expected_leaks.mean() < 0.98
@@ -320,8 +320,8 @@ def test_released_leaks_as_often_as_the_procedure_step_by_step():
 def test_released_keeps_the_first_patches_and_corrected_a_random_subset():
   grid = (14, 14)
   whole = {
-      name: sets(draw(config(name, context_patches=196), grid, 2000), grid)[0]
-      for name in ("released", "corrected")
+    name: sets(draw(config(name, context_patches=196), grid, 2000), grid)[0]
+    for name in ("released", "corrected")
   }
   for name, every in whole.items():
     cut = sets(draw(config(name, context_patches=30), grid, 2000), grid)[0]
@@ -345,7 +345,7 @@ def test_released_keeps_the_first_patches_and_corrected_a_random_subset():
 def test_corrected_corners_are_uniform_over_every_place():
   grid, count = (6, 8), 20000
   settings = config(
-      "corrected", num_targets=2, target_scale=(0.25, 0.25), aspect_ratio=(1, 1)
+    "corrected", num_targets=2, target_scale=(0.25, 0.25), aspect_ratio=(1, 1)
   )  # 3 x 3
   ids = draw(settings, grid, count)["target_ids"][..., 0]
   corners = np.bincount(ids.reshape(-1), minlength=48).reshape(grid)
@@ -368,7 +368,7 @@ def test_corrected_reaches_last_row_and_column_like_the_first():
 def test_corrected_scale_and_aspect_ratio_are_independent():
   def correlation(released):
     shapes = blocks.enumerate_shapes(
-        (0.1, 0.3), (0.5, 2.0), (64, 64), released=released
+      (0.1, 0.3), (0.5, 2.0), (64, 64), released=released
     )
     area = shapes.areas[shapes.table].astype(float)
     aspect = (shapes.heights / shapes.widths)[shapes.table]
@@ -392,7 +392,7 @@ def test_corrected_falls_back_to_a_legal_mask_where_most_draws_fail():
 
 
 @pytest.mark.parametrize(
-    "side, k, t", [(16, 68, 54), (14, 51, 40), (8, 12, 12)]
+  "side, k, t", [(16, 68, 54), (14, 51, 40), (8, 12, 12)]
 )
 def test_k_is_what_the_released_recipe_trains_on(side, k, t):
   shapes = masks.mask_shapes(config("released"), (side, side))
@@ -442,26 +442,26 @@ def test_rasterized_takes_every_quadrant_as_context_equally_often():
 
 
 @pytest.mark.parametrize(
-    "settings, grid, words_of_it",
-    [
-        ({"name": "relaesd"}, (8, 8), ["relaesd", "released", "corrected"]),
-        ({"min_keep": 10}, (8, 8), ["target", "9 patches", "min_keep=10"]),
-        ({"min_keep": 0}, (2, 2), ["0 patches", "2x2", "target_scale"]),
-        ({"context_scale": (0.9, 0.5)}, (8, 8), ["context_scale", "0.9"]),
-        ({"target_scale": (0.5, 1.5)}, (8, 8), ["target_scale", "<= 1"]),
-        ({"num_targets": 0}, (8, 8), ["num_targets is 0"]),
-        ({"context_patches": 65}, (8, 8), ["context_patches is 65", "8x8"]),
-        ({"name": "corrected", "min_keep": 60}, (8, 8), ["60", "12 patches"]),
-        ({"name": "corrected"}, (2, 2), ["0 patches", "target_scale"]),
-        ({"name": "block", "target_scale": (1, 1)}, (4, 4), ["16 patches"]),
-        (
-            {"name": "random", "target_scale": (0.2, 0.3)},
-            (8, 8),
-            ["4 disjoint targets of up to 19 patches"],
-        ),
-        ({"name": "rasterized"}, (8, 8), ["num_targets is 4", "3"]),
-        ({"name": "rasterized", "num_targets": 3}, (3, 3), ["1 patches"]),
-    ],
+  "settings, grid, words_of_it",
+  [
+    ({"name": "relaesd"}, (8, 8), ["relaesd", "released", "corrected"]),
+    ({"min_keep": 10}, (8, 8), ["target", "9 patches", "min_keep=10"]),
+    ({"min_keep": 0}, (2, 2), ["0 patches", "2x2", "target_scale"]),
+    ({"context_scale": (0.9, 0.5)}, (8, 8), ["context_scale", "0.9"]),
+    ({"target_scale": (0.5, 1.5)}, (8, 8), ["target_scale", "<= 1"]),
+    ({"num_targets": 0}, (8, 8), ["num_targets is 0"]),
+    ({"context_patches": 65}, (8, 8), ["context_patches is 65", "8x8"]),
+    ({"name": "corrected", "min_keep": 60}, (8, 8), ["60", "12 patches"]),
+    ({"name": "corrected"}, (2, 2), ["0 patches", "target_scale"]),
+    ({"name": "block", "target_scale": (1, 1)}, (4, 4), ["16 patches"]),
+    (
+      {"name": "random", "target_scale": (0.2, 0.3)},
+      (8, 8),
+      ["4 disjoint targets of up to 19 patches"],
+    ),
+    ({"name": "rasterized"}, (8, 8), ["num_targets is 4", "3"]),
+    ({"name": "rasterized", "num_targets": 3}, (3, 3), ["1 patches"]),
+  ],
 )
 def test_what_cannot_be_says_so(settings, grid, words_of_it):
   base = {**config(), "min_keep": 4}
@@ -476,7 +476,7 @@ def test_what_cannot_be_says_so(settings, grid, words_of_it):
 
 def test_words_are_uniform_and_uncorrelated():
   key = words.fold(
-      np, words.stream_key(0, 1), np.arange(20000, dtype=np.uint32)
+    np, words.stream_key(0, 1), np.arange(20000, dtype=np.uint32)
   )
   drawn = words.draw(np, key, 5) / 2.0**32
   assert abs(drawn.mean() - 0.5) < 5 * math.sqrt(1 / 12 / drawn.size)
@@ -490,8 +490,8 @@ def test_words_are_uniform_and_uncorrelated():
 
 def test_streams_of_a_seed_differ():
   keys = {
-      int(words.stream_key(seed, stream)[0])
-      for seed in (0, 1, 2**32, 2**63)
-      for stream in (1, 2, 3, 4)
+    int(words.stream_key(seed, stream)[0])
+    for seed in (0, 1, 2**32, 2**63)
+    for stream in (1, 2, 3, 4)
   }
   assert len(keys) == 16

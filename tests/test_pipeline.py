@@ -33,39 +33,41 @@ def folder(tmp_path_factory):
 
 
 def config(root, *, batch_size=6, **data):
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       "seed": 3,
       "batch_size": batch_size,
       "encoder": {"patch_size": 4},
       "data": {
-          "source": "folder",
-          "name": str(root),
-          "split": "train",
-          "data_dir": "",
-          "image_size": 24,
-          "channels": 3,
-          "crop_scale": (0.3, 1.0),
-          "crop_ratio": (3 / 4, 4 / 3),
-          "flip": False,
-          "color_jitter": 0.0,
-          "blur": 0.0,
-          "prefetch": 2,
-          "max_unreadable": 3,
-          "threads": 0,
-          **data,
+        "source": "folder",
+        "name": str(root),
+        "split": "train",
+        "data_dir": "",
+        "image_size": 24,
+        "channels": 3,
+        "crop_scale": (0.3, 1.0),
+        "crop_ratio": (3 / 4, 4 / 3),
+        "flip": False,
+        "color_jitter": 0.0,
+        "blur": 0.0,
+        "prefetch": 2,
+        "max_unreadable": 3,
+        "threads": 0,
+        **data,
       },
       "masks": {
-          "name": "rasterized",  # the quickest to build
-          "num_contexts": 1,
-          "num_targets": 3,
-          "context_scale": (0.85, 1.0),
-          "target_scale": (0.15, 0.2),
-          "aspect_ratio": (0.75, 1.5),
-          "allow_overlap": False,
-          "min_keep": 4,
-          "context_patches": 0,
+        "name": "rasterized",  # the quickest to build
+        "num_contexts": 1,
+        "num_targets": 3,
+        "context_scale": (0.85, 1.0),
+        "target_scale": (0.15, 0.2),
+        "aspect_ratio": (0.75, 1.5),
+        "allow_overlap": False,
+        "min_keep": 4,
+        "context_patches": 0,
       },
-  })
+    }
+  )
 
 
 def take(dataset, count):
@@ -89,9 +91,9 @@ def assert_same(a, b):
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(
-    count=st.integers(1, 5000),
-    seed=st.integers(0, 2**64 - 1),
-    epoch=st.integers(0, 1000),
+  count=st.integers(1, 5000),
+  seed=st.integers(0, 2**64 - 1),
+  epoch=st.integers(0, 1000),
 )
 def test_every_epoch_is_a_permutation(count, seed, epoch):
   positions = epoch * count + np.arange(count)
@@ -103,9 +105,9 @@ def test_every_epoch_is_a_permutation(count, seed, epoch):
 def test_epochs_and_seeds_have_orders_of_their_own():
   count = 1000
   orders = [
-      pipeline.order(epoch * count + np.arange(count), count, seed)[1]
-      for seed in (0, 1)
-      for epoch in (0, 1, 2)
+    pipeline.order(epoch * count + np.arange(count), count, seed)[1]
+    for seed in (0, 1)
+    for epoch in (0, 1, 2)
   ] + [np.arange(count)]
   for i, a in enumerate(orders):
     for b in orders[:i]:
@@ -145,11 +147,11 @@ def test_batches_have_the_shapes_and_types_declared(folder):
   shapes = masks.mask_shapes(settings.masks, (6, 6))
   k, t = shapes.context_patches, shapes.target_patches
   expected = {
-      "image": ((6, 24, 24, 3), np.uint8),
-      "context_ids": ((6, 1, k), np.int32),
-      "context_valid": ((6, 1, k), bool),
-      "target_ids": ((6, 3, t), np.int32),
-      "target_valid": ((6, 3, t), bool),
+    "image": ((6, 24, 24, 3), np.uint8),
+    "context_ids": ((6, 1, k), np.int32),
+    "context_valid": ((6, 1, k), bool),
+    "target_ids": ((6, 3, t), np.int32),
+    "target_valid": ((6, 3, t), bool),
   }
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == expected
   declared = dataset.element_spec
@@ -172,17 +174,17 @@ def test_processes_share_the_batches_of_one(folder, processes):
   settings = config(folder)
   whole = take(pipeline.train_dataset(settings), 5)
   parts = [
-      take(
-          pipeline.train_dataset(
-              settings, process_index=i, process_count=processes
-          ),
-          5,
-      )
-      for i in range(processes)
+    take(
+      pipeline.train_dataset(
+        settings, process_index=i, process_count=processes
+      ),
+      5,
+    )
+    for i in range(processes)
   ]
   for batch, *shares in zip(whole, *parts):
     joined = {
-        key: np.concatenate([share[key] for share in shares]) for key in batch
+      key: np.concatenate([share[key] for share in shares]) for key in batch
     }
     assert_same(joined, batch)
 
@@ -234,9 +236,7 @@ def test_colour_jitter_and_blur_change_pixels_and_nothing_else(folder):
   assert_same(changed[0], again[0])
   assert changed[0].keys() == plain.keys()
   assert (changed[0]["image"] != plain["image"]).mean() > 0.2
-  np.testing.assert_array_equal(
-      changed[0]["context_ids"], plain["context_ids"]
-  )
+  np.testing.assert_array_equal(changed[0]["context_ids"], plain["context_ids"])
 
 
 def test_what_does_not_divide_is_refused(folder):
@@ -248,6 +248,26 @@ def test_what_does_not_divide_is_refused(folder):
   settings.masks.min_keep = 36
   with pytest.raises(ValueError, match="needs 36"):
     pipeline.train_dataset(settings)
+
+
+def test_a_mixture_keeps_shares_and_orders(folder, tmp_path):
+  for i in range(4):
+    Image.new("RGB", (30, 30), (240 + i, 0, 0)).save(tmp_path / f"{i}.png")
+  settings = config(folder, batch_size=50)
+  settings.data.source = "mixture"
+  settings.data.name = f"3 folder:{folder} + 1 folder:{tmp_path}"
+  assert pipeline.num_examples(settings.data) == COUNT + 4
+  batches = take(pipeline.train_dataset(settings), 40)
+  red = np.concatenate([x["image"][:, 0, 0, 0] for x in batches]).astype(int)
+  small = red >= 240
+  for block in small.reshape(2, 1000):
+    assert block.sum() == 250
+  for part, size in ((red[small] - 240, 4), ((red[~small] + 5) // 10, COUNT)):
+    for epoch in range(3):
+      once = part[epoch * size : (epoch + 1) * size]
+      assert sorted(once) == list(range(size))
+  resumed = take(pipeline.train_dataset(settings, start_step=33), 1)
+  assert_same(resumed[0], batches[33])
 
 
 # --- what cannot be read ----------------------------------------------------
@@ -264,9 +284,9 @@ def damaged(folder, tmp_path):
   file = io.BytesIO()
   Image.fromarray(noise).save(file, "PNG")
   bad = {
-      tmp_path / "class0/003.png": (file.getvalue()[:900], "damaged PNG data"),
-      tmp_path / "class1/010.png": (b"some text", "not a JPEG"),
-      tmp_path / "class2/011.png": (b"", "empty"),
+    tmp_path / "class0/003.png": (file.getvalue()[:900], "damaged PNG data"),
+    tmp_path / "class1/010.png": (b"some text", "not a JPEG"),
+    tmp_path / "class2/011.png": (b"", "empty"),
   }
   for path, (data, _) in bad.items():
     path.write_bytes(data)
@@ -334,7 +354,7 @@ def test_evaluation_leaves_unreadable_images_out(damaged):
   root, bad = damaged
   unreadable = pipeline.Unreadable(limit=3)
   dataset = pipeline.evaluation_dataset(
-      config(root).data, batch_size=5, label="label", unreadable=unreadable
+    config(root).data, batch_size=5, label="label", unreadable=unreadable
   )
   valid = np.concatenate([x["valid"] for x in dataset.as_numpy_iterator()])
   assert valid.sum() == COUNT - 3
@@ -347,7 +367,7 @@ def test_evaluation_leaves_unreadable_images_out(damaged):
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
 def test_evaluation_has_every_image_once_and_in_order(folder, batch_size):
   dataset = pipeline.evaluation_dataset(
-      config(folder).data, batch_size=batch_size, label="label"
+    config(folder).data, batch_size=batch_size, label="label"
   )
   batches = list(dataset.as_numpy_iterator())
   assert len(batches) == -(-COUNT // batch_size)
@@ -374,7 +394,7 @@ def test_evaluation_twice_is_the_same(folder):
 def test_evaluation_names_the_labels_there_are(folder):
   with pytest.raises(ValueError, match='no label "colour".*count.*label'):
     pipeline.evaluation_dataset(
-        config(folder).data, batch_size=7, label="colour"
+      config(folder).data, batch_size=7, label="colour"
     )
 
 

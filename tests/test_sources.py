@@ -1,4 +1,5 @@
 import io
+import os
 import pathlib
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from jepa_jax.data import sources
+from jepa_jax.data import records, sources
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared/data/tfds"
 
@@ -20,12 +21,12 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     features = {
-        "image": tfds.features.Image(encoding_format="jpeg"),
-        "label": tfds.features.ClassLabel(num_classes=40),
-        "objects": tfds.features.Sequence({"size": tf.int64}),
+      "image": tfds.features.Image(encoding_format="jpeg"),
+      "label": tfds.features.ClassLabel(num_classes=40),
+      "objects": tfds.features.Sequence({"size": tf.int64}),
     }
     return tfds.core.DatasetInfo(
-        builder=self, features=tfds.features.FeaturesDict(features)
+      builder=self, features=tfds.features.FeaturesDict(features)
     )
 
   def _split_generators(self, dl_manager):
@@ -49,14 +50,16 @@ def tiny(tmp_path_factory):
 
 def config(source="tfds", name="tiny_pictures", split="train", data_dir=""):
   return types.SimpleNamespace(
-      source=source, name=name, split=split, data_dir=data_dir, image_size=8
+    source=source, name=name, split=split, data_dir=data_dir, image_size=8
   )
 
 
 def label_of(record):
-  return tf.train.Example.FromString(record).features.feature[
-      "label"
-  ].int64_list.value[0]
+  return (
+    tf.train.Example.FromString(record)
+    .features.feature["label"]
+    .int64_list.value[0]
+  )
 
 
 # --- TFDS -------------------------------------------------------------------
@@ -67,17 +70,17 @@ def test_tfds_records_are_those_of_the_data_set_in_its_order(tiny):
   assert len(source) == 37
   builder = TinyPictures(data_dir=tiny)
   expected = builder.as_dataset(
-      split="train",
-      decoders={"image": tfds.decode.SkipDecoding()},
-      read_config=tfds.ReadConfig(interleave_cycle_length=1),
+    split="train",
+    decoders={"image": tfds.decode.SkipDecoding()},
+    read_config=tfds.ReadConfig(interleave_cycle_length=1),
   ).as_numpy_iterator()
-  records = source.read(np.arange(37))
-  for i, (record, example) in enumerate(zip(records, expected, strict=True)):
+  stored = source.read(np.arange(37))
+  for i, (record, example) in enumerate(zip(stored, expected, strict=True)):
     features = source.features(tf.constant(record), tf.constant(i))
     assert "image" not in features
     assert features["label"].numpy() == example["label"]
     np.testing.assert_array_equal(
-        features["objects"]["size"], example["objects"]["size"]
+      features["objects"]["size"], example["objects"]["size"]
     )
     assert source.images([record]) == [example["image"]]
 
@@ -112,16 +115,16 @@ def test_tfds_finds_what_another_version_or_no_code_left_there(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, words_of_it",
-    [
-        ({"name": "tiny_picture"}, ["unknown", "nearest: tiny_pictures"]),
-        ({"name": "no/such"}, ["unknown", "tiny_pictures"]),
-        ({"name": "cifar10"}, ["not prepared", "tfds build cifar10"]),
-        ({"name": "imagenet2012"}, ["not prepared", "by hand"]),
-        ({"split": "valid"}, ['no split "valid"', "test, train"]),
-        ({"split": "train[:0]"}, ["no example"]),
-        ({"source": "tdfs"}, ["tdfs", "tfds, folder, scenes"]),
-    ],
+  "changes, words_of_it",
+  [
+    ({"name": "tiny_picture"}, ["unknown", "nearest: tiny_pictures"]),
+    ({"name": "no/such"}, ["unknown", "tiny_pictures"]),
+    ({"name": "cifar10"}, ["not prepared", "prepare --name cifar10"]),
+    ({"name": "imagenet2012"}, ["not prepared", "by hand"]),
+    ({"split": "valid"}, ['no split "valid"', "test, train"]),
+    ({"split": "train[:0]"}, ["no example"]),
+    ({"source": "tdfs"}, ["tdfs", "tfds, folder, scenes, mixture"]),
+  ],
 )
 def test_what_is_not_there_is_said_in_one_line(tiny, changes, words_of_it):
   with pytest.raises(ValueError) as error:
@@ -131,31 +134,44 @@ def test_what_is_not_there_is_said_in_one_line(tiny, changes, words_of_it):
   assert "\n" not in str(error.value)
 
 
+def test_array_record_files_are_read_the_same(tmp_path, tiny):
+  builder = TinyPictures(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  for split in ("train", "train[3:9]"):
+    ours = sources.TfdsSource(builder, split)
+    wanted = sources.open_source(config(split=split, data_dir=tiny))
+    assert len(ours) == len(wanted)
+    index = np.asarray([4, 0, 4])
+    assert ours.images(ours.read(index)) == wanted.images(wanted.read(index))
+
+
+def test_files_without_random_access_are_refused(tmp_path):
+  builder = TinyPictures(data_dir=tmp_path)
+  builder.download_and_prepare()
+  info = types.SimpleNamespace(
+    filename="x-train.riegeli-00000-of-00001", skip=0, take=-1
+  )
+  split = types.SimpleNamespace(file_instructions=[info], num_examples=1)
+  fake = types.SimpleNamespace(
+    info=types.SimpleNamespace(
+      features=builder.info.features,
+      full_name="x",
+      splits={"train": split},
+    )
+  )
+  with pytest.raises(ValueError, match="riegeli.*array_record"):
+    sources.TfdsSource(fake, "train")
+
+
 def test_fashion_mnist_is_read_as_it_is():
   if not SHARED.exists():
     pytest.skip(f"{SHARED} is not here")
   source = sources.open_source(
-      config(name="fashion_mnist", split="train[:1%]", data_dir=str(SHARED))
+    config(name="fashion_mnist", split="train[:1%]", data_dir=str(SHARED))
   )
   assert len(source) == 600
   image = tf.io.decode_png(source.images(source.read(np.asarray([3])))[0])
   assert image.shape == (28, 28, 1)
-
-
-def test_scan_finds_every_record_and_refuses_a_cut_file(tmp_path):
-  path = str(tmp_path / "x.tfrecord")
-  records = [b"a" * n for n in (1, 0, 300, 7)]
-  with tf.io.TFRecordWriter(path) as writer:
-    for record in records:
-      writer.write(record)
-  offsets, lengths = sources.scan_tfrecord(path)
-  data = pathlib.Path(path).read_bytes()
-  found = [data[o : o + n] for o, n in zip(offsets, lengths)]
-  assert found == records
-  for cut in (1, 5, 20, 330):
-    pathlib.Path(path).write_bytes(data[:-cut])
-    with pytest.raises(ValueError, match="not a whole TFRecord file"):
-      sources.scan_tfrecord(path)
 
 
 # --- folders ----------------------------------------------------------------
@@ -174,7 +190,7 @@ def test_folder_reads_every_image_below_it_in_sorted_order(tmp_path):
   source = sources.open_source(config("folder", str(tmp_path)))
   assert len(source) == 4
   assert [source.name(i) for i in range(4)] == [
-      str(tmp_path / name) for name in sorted(names)
+    str(tmp_path / name) for name in sorted(names)
   ]
   for i, data in enumerate(source.images(source.read(np.arange(4)))):
     assert Image.open(io.BytesIO(data)).size == (9, 7), i
@@ -187,8 +203,8 @@ def test_folders_of_a_folder_are_its_classes(tmp_path):
   source = sources.open_source(config("folder", str(tmp_path)))
   assert source.classes == ["ant", "cat", "dog"]
   labels = [
-      int(source.features(tf.constant(b""), tf.constant(i))["label"])
-      for i in range(4)
+    int(source.features(tf.constant(b""), tf.constant(i))["label"])
+    for i in range(4)
   ]
   assert labels == [0, 1, 2, 2]
 
@@ -206,3 +222,66 @@ def test_no_folder_and_an_empty_folder_are_errors(tmp_path):
   (tmp_path / "notes.txt").write_text("no image")
   with pytest.raises(ValueError, match="no image below"):
     sources.open_source(config("folder", str(tmp_path)))
+
+
+def test_a_long_listing_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(records, "_CACHE_SECONDS", 0.0)
+  root = tmp_path / "images"
+  for name in ("a/x.png", "b/c/y.png"):
+    save(root / name)
+  wanted = [str(root / name) for name in ("a/x.png", "b/c/y.png")]
+  calls = []
+  list_folder = sources._list_folder
+  monkeypatch.setattr(
+    sources,
+    "_list_folder",
+    lambda path: calls.append(path) or list_folder(path),
+  )
+
+  def names():
+    source = sources.open_source(config("folder", str(root)))
+    assert source.classes == ["a", "b"]
+    return [source.name(i) for i in range(len(source))]
+
+  assert names() == names() == wanted
+  assert len(calls) == 1
+  save(root / "b/c/z.png")
+  os.utime(root / "b/c", ns=(1, 1))  # however coarse the clock is
+  assert names() == [*wanted, str(root / "b/c/z.png")]
+  (root / "a/x.png").unlink()
+  save(root / "a/v.png")
+  os.utime(root / "a", ns=(2, 2))
+  assert names()[0] == str(root / "a/v.png")
+  assert len(calls) == 3
+
+
+def test_a_link_to_a_folder_above_does_not_loop(tmp_path):
+  save(tmp_path / "a/x.png")
+  (tmp_path / "a/up").symlink_to(tmp_path)
+  source = sources.open_source(config("folder", str(tmp_path)))
+  assert len(source) == 1
+
+
+# --- mixtures ---------------------------------------------------------------
+
+
+def test_a_mixture_has_the_images_of_its_parts(tiny, tmp_path):
+  for i in range(3):
+    save(tmp_path / f"{i}.png", i)
+  name = f"0.75 tfds:tiny_pictures + 0.25 folder:{tmp_path}"
+  source = sources.open_source(config("mixture", name, data_dir=tiny))
+  assert len(source) == 40
+  assert source.name(36).startswith("tiny_pictures")
+  assert source.name(37) == str(tmp_path / "0.png")
+  images = source.images(source.read(np.asarray([38, 5])))
+  assert Image.open(io.BytesIO(images[0])).size == (9, 7)
+  assert Image.open(io.BytesIO(images[1])).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+  "name", ["tiny_pictures", "0 folder:/x", "1 nothing:x", "1 folder:/x + y"]
+)
+def test_a_mixture_that_is_none_is_explained(name):
+  with pytest.raises(ValueError, match="0.7 tfds:imagenet2012"):
+    sources.open_source(config("mixture", name))

@@ -15,14 +15,14 @@ from jepa_jax.objectives import words
 _CROP_TRIES = 10
 # EXIF orientation -> (transpose, then flip rows, then flip columns).
 _TURNS = {
-    1: (0, 0, 0),
-    2: (0, 0, 1),
-    3: (0, 1, 1),
-    4: (0, 1, 0),
-    5: (1, 0, 0),
-    6: (1, 0, 1),
-    7: (1, 1, 1),
-    8: (1, 1, 0),
+  1: (0, 0, 0),
+  2: (0, 0, 1),
+  3: (0, 1, 1),
+  4: (0, 1, 0),
+  5: (1, 0, 0),
+  6: (1, 0, 1),
+  7: (1, 1, 1),
+  8: (1, 1, 0),
 }
 _JITTER_SHARE, _GREY_SHARE = 0.8, 0.2  # of the images, with colour jitter on
 _BLUR_SIGMA = (0.1, 2.0)  # pixels, at an image size of 224
@@ -43,13 +43,13 @@ class Crops:
 
 
 def random_crops(
-    config: Any,
-    sizes: np.ndarray,
-    orientations: np.ndarray,
-    *,
-    seed: int,
-    epoch: np.ndarray,
-    index: np.ndarray,
+  config: Any,
+  sizes: np.ndarray,
+  orientations: np.ndarray,
+  *,
+  seed: int,
+  epoch: np.ndarray,
+  index: np.ndarray,
 ) -> Crops:
   """Random resized crops, and flips where config.flip says so.
 
@@ -88,9 +88,9 @@ def random_crops(
   tries = np.stack([top, left, h, w], -1)  # [B, 10, 4]
   chosen = tries[np.arange(len(tries)), fits.argmax(1)]
   box = np.where(
-      fits.any(1)[:, None],
-      chosen,
-      _central_box(height, width, *config.crop_ratio),
+    fits.any(1)[:, None],
+    chosen,
+    _central_box(height, width, *config.crop_ratio),
   )
   if config.flip:
     mirrored = u[:, -1] < 0.5
@@ -112,14 +112,14 @@ def central_crops(sizes: np.ndarray, orientations: np.ndarray) -> Crops:
 
 
 def _displayed(
-    sizes: np.ndarray, turns: np.ndarray
+  sizes: np.ndarray, turns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   sizes = np.where(turns[:, :1], sizes[:, ::-1], sizes).astype(np.int64)
   return sizes[:, 0], sizes[:, 1]
 
 
 def _central_box(
-    height: np.ndarray, width: np.ndarray, low: float, high: float
+  height: np.ndarray, width: np.ndarray, low: float, high: float
 ) -> np.ndarray:
   """Largest central boxes whose width over height is in [low, high]."""
   w = np.minimum(width, np.round(height * high)).astype(np.int64)
@@ -129,7 +129,7 @@ def _central_box(
 
 
 def _stored(
-    box: np.ndarray, height: np.ndarray, width: np.ndarray, turns: np.ndarray
+  box: np.ndarray, height: np.ndarray, width: np.ndarray, turns: np.ndarray
 ) -> np.ndarray:
   """Boxes of the displayed image in coordinates of the stored one."""
   top, left, h, w = box.T
@@ -146,7 +146,7 @@ def distorts(config: Any) -> bool:
 
 
 def random_colors(
-    config: Any, *, seed: int, epoch: np.ndarray, index: np.ndarray
+  config: Any, *, seed: int, epoch: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
   """Draws what `distort` needs, for a batch of images.
 

@@ -57,7 +57,7 @@ def read_header(data: bytes) -> Header:
     raise ValueError(f"of {header.height} x {header.width} pixels")
   if header.height * header.width > MAX_PIXELS:
     raise ValueError(
-        f"{header.height} x {header.width} pixels, more than {MAX_PIXELS}"
+      f"{header.height} x {header.width} pixels, more than {MAX_PIXELS}"
     )
   return header
 
@@ -121,7 +121,7 @@ def _exif_orientation(tiff: bytes) -> int:
     (count,) = struct.unpack_from(order + "H", tiff, start)
     for i in range(count):
       tag, _, _, value = struct.unpack_from(
-          order + "HHIH", tiff, start + 2 + 12 * i
+        order + "HHIH", tiff, start + 2 + 12 * i
       )
       if tag == 0x0112:
         return value if 1 <= value <= 8 else 1
@@ -131,14 +131,14 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def decode_crop(
-    encoded: tf.Tensor,
-    box: tf.Tensor,
-    turn: tf.Tensor,
-    *,
-    image_size: int,
-    channels: int,
-    encoding: str | None = None,
-    distort: Callable[[tf.Tensor], tf.Tensor] | None = None,
+  encoded: tf.Tensor,
+  box: tf.Tensor,
+  turn: tf.Tensor,
+  *,
+  image_size: int,
+  channels: int,
+  encoding: str | None = None,
+  distort: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.Tensor:
   """Decodes, crops and resizes one image.
 
@@ -171,7 +171,7 @@ def decode_crop(
 
   def other():
     image = tf.io.decode_image(
-        encoded, channels=decoded, expand_animations=False
+      encoded, channels=decoded, expand_animations=False
     )
     return _cut(image, box)
 
@@ -183,12 +183,12 @@ def decode_crop(
     image = tf.cond(tf.image.is_jpeg(encoded), jpeg, other)
   size = tf.constant([image_size, image_size])
   image = tf.raw_ops.ScaleAndTranslate(
-      images=image[None],
-      size=size,
-      scale=tf.cast(size, tf.float32) / tf.cast(box[2:], tf.float32),
-      translation=tf.zeros(2),
-      kernel_type="triangle",
-      antialias=True,
+    images=image[None],
+    size=size,
+    scale=tf.cast(size, tf.float32) / tf.cast(box[2:], tf.float32),
+    translation=tf.zeros(2),
+    kernel_type="triangle",
+    antialias=True,
   )[0]
   if decoded > channels:
     image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
@@ -203,7 +203,7 @@ def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
   zero = tf.zeros([1], tf.int32)
   full = tf.shape(image)[2:]
   return tf.slice(
-      image, tf.concat([box[:2], zero], 0), tf.concat([box[2:], full], 0)
+    image, tf.concat([box[:2], zero], 0), tf.concat([box[2:], full], 0)
   )
 
 

@@ -69,21 +69,21 @@ class TensorFlow:
 # Conversion by AutoGraph has nothing to convert here and triples the tracing.
 @tf.autograph.experimental.do_not_convert
 def sample(
-    config: Any,
-    grid: tuple[int, int],
-    *,
-    seed: int,
-    step: tf.Tensor,
-    epoch: tf.Tensor,
-    index: tf.Tensor,
+  config: Any,
+  grid: tuple[int, int],
+  *,
+  seed: int,
+  step: tf.Tensor,
+  epoch: tf.Tensor,
+  index: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
   """As `objectives.masks.sample`; index needs a static shape [B]."""
   return masks.sample(
-      config,
-      grid,
-      seed=seed,
-      step=step,
-      epoch=epoch,
-      index=index,
-      xp=TensorFlow,
+    config,
+    grid,
+    seed=seed,
+    step=step,
+    epoch=epoch,
+    index=index,
+    xp=TensorFlow,
   )

@@ -62,15 +62,15 @@ class Unreadable:
     if len(reasons) > self._limit:
       shown = [f"{name} ({why})" for name, why in list(reasons.items())[:3]]
       raise ValueError(
-          f"{len(reasons)} images could not be read, more than"
-          f" data.max_unreadable={self._limit}: {', '.join(shown)}"
-          f"{', ...' if len(reasons) > 3 else ''}; mend or remove them, or"
-          " raise data.max_unreadable"
+        f"{len(reasons)} images could not be read, more than"
+        f" data.max_unreadable={self._limit}: {', '.join(shown)}"
+        f"{', ...' if len(reasons) > 3 else ''}; mend or remove them, or"
+        " raise data.max_unreadable"
       )
 
 
 def order(
-    positions: np.ndarray, num_examples: int, seed: int
+  positions: np.ndarray, num_examples: int, seed: int, part: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
   """The image at each position of a run: a fresh permutation every epoch.
 
@@ -82,6 +82,7 @@ def order(
     positions: int [B], step * batch size + place in the batch, global.
     num_examples: images of an epoch, less than 2**32.
     seed: the run's seed.
+    part: of a mixture; each has orders of its own.
 
   Returns:
     epoch and image number, int64 [B] each.
@@ -91,9 +92,10 @@ def order(
   epoch, value = np.divmod(np.asarray(positions, np.int64), num_examples)
   half = max(1, ((num_examples - 1).bit_length() + 1) // 2)
   key = words.stream_key(seed, words.ORDER)
+  key = words.fold(np, key, np.asarray([part], np.uint32))
   keys = [
-      words.fold(np, words.fold(np, key, epoch.astype(np.uint32)), round_)
-      for round_ in np.arange(_ROUNDS, dtype=np.uint32)[:, None]
+    words.fold(np, words.fold(np, key, epoch.astype(np.uint32)), round_)
+    for round_ in np.arange(_ROUNDS, dtype=np.uint32)[:, None]
   ]
   outside = np.ones(value.shape, bool)
   while outside.any():
@@ -107,18 +109,46 @@ def order(
   return epoch, value
 
 
+def _order(
+  source: sources.Source, positions: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """As `order`, for a source that may be a mixture.
+
+  Every SLOTS positions of a mixture hold each part's share of images, in a
+  shuffled order. How many of a part came before is arithmetic over whole blocks
+  and counting within one.
+  """
+  if not isinstance(source, sources.Mixture):
+    return order(positions, len(source), seed)
+  block, place = np.divmod(positions, source.SLOTS)
+  epoch, index = np.empty_like(block), np.empty_like(block)
+  for number in np.unique(block):
+    here = np.flatnonzero(block == number)
+    places = number * source.SLOTS + np.arange(source.SLOTS)
+    slots = order(places, source.SLOTS, seed)[1]
+    for i, part in enumerate(source.parts):
+      low, high = source.slots[i : i + 2]
+      members = (low <= slots) & (slots < high)
+      mine = here[members[place[here]]]
+      before = np.cumsum(members)[place[mine]] - 1
+      nth = number * (high - low) + before
+      epoch[mine], index[mine] = order(nth, len(part), seed, i + 1)
+      index[mine] += source.starts[i]
+  return epoch, index
+
+
 def num_examples(config: Any, split: str | None = None) -> int:
   """Images of an epoch of config.data (or of another split of it)."""
   return len(sources.open_source(config, split))
 
 
 def train_dataset(
-    config: Any,
-    *,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    unreadable: Unreadable | None = None,
+  config: Any,
+  *,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  unreadable: Unreadable | None = None,
 ) -> tf.data.Dataset:
   """Endless batches of crops and masks, from any step on.
 
@@ -145,8 +175,8 @@ def train_dataset(
   data = config.data
   if config.batch_size % process_count:
     raise ValueError(
-        f"batch size {config.batch_size} does not divide by {process_count}"
-        " processes; set batch_size to a multiple"
+      f"batch size {config.batch_size} does not divide by {process_count}"
+      " processes; set batch_size to a multiple"
     )
   share = config.batch_size // process_count
   grid = patch_grid(data.image_size, config.encoder.patch_size)
@@ -157,28 +187,28 @@ def train_dataset(
   places = process_index * share + np.arange(share)
 
   def plan(step):
-    epoch, index = order(
-        step * config.batch_size + places, len(source), config.seed
+    epoch, index = _order(
+      source, step * config.batch_size + places, config.seed
     )
     encoded, sizes, orientations = _headers(source.images(source.read(index)))
     crops = augment.random_crops(
-        data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
+      data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
     )
     plans = (encoded, crops.boxes, crops.turns, index, epoch)
     if not augment.distorts(data):
       return plans
     return *plans, augment.random_colors(
-        data, seed=config.seed, epoch=epoch, index=index
+      data, seed=config.seed, epoch=epoch, index=index
     )
 
   def finish(step, batch):
     drawn = tf_masks.sample(
-        config.masks,
-        grid,
-        seed=config.seed,
-        step=step,
-        epoch=batch["epoch"],
-        index=batch["index"],
+      config.masks,
+      grid,
+      seed=config.seed,
+      step=step,
+      epoch=batch["epoch"],
+      index=batch["index"],
     )
     stand_in = _stand_ins(batch, source, unreadable)
     return {"image": tf.gather(batch["image"], stand_in), **drawn}
@@ -192,12 +222,12 @@ def train_dataset(
 
 
 def evaluation_dataset(
-    config: Any,
-    *,
-    batch_size: int,
-    label: str | None = None,
-    split: str | None = None,
-    unreadable: Unreadable | None = None,
+  config: Any,
+  *,
+  batch_size: int,
+  label: str | None = None,
+  split: str | None = None,
+  unreadable: Unreadable | None = None,
 ) -> tf.data.Dataset:
   """Every image of a split once, in order, cut to its central square.
 
@@ -229,16 +259,16 @@ def evaluation_dataset(
     encoded, sizes, orientations = _headers(source.images(records))
     crops = augment.central_crops(sizes, orientations)
     return (
-        *(encoded, crops.boxes, crops.turns, index),
-        *(_strings(records), place < count),
+      *(encoded, crops.boxes, crops.turns, index),
+      *(_strings(records), place < count),
     )
 
   def finish(start, batch):
     del start
     _stand_ins(batch, source, unreadable)
     example = {
-        "image": batch["image"],
-        "valid": batch["valid"] & batch["readable"],
+      "image": batch["image"],
+      "valid": batch["valid"] & batch["readable"],
     }
     if label_of is not None:
       example["label"] = batch["label"]
@@ -251,8 +281,8 @@ def evaluation_dataset(
     return {"label": label_of(source.features(record, example["index"]))}
 
   spec = {
-      "record": tf.TensorSpec([batch_size], tf.string),
-      "valid": tf.TensorSpec([batch_size], tf.bool),
+    "record": tf.TensorSpec([batch_size], tf.string),
+    "valid": tf.TensorSpec([batch_size], tf.bool),
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
   dataset = _decoded(starts, plan, spec, source, config, batch_size, features)
@@ -260,13 +290,13 @@ def evaluation_dataset(
 
 
 def _decoded(
-    steps: tf.data.Dataset,
-    plan: Callable[[np.ndarray], tuple[Any, ...]],
-    spec: Mapping[str, tf.TensorSpec],
-    source: sources.Source,
-    config: Any,
-    size: int,
-    features: Callable[[dict[str, tf.Tensor]], dict[str, Any]] | None = None,
+  steps: tf.data.Dataset,
+  plan: Callable[[np.ndarray], tuple[Any, ...]],
+  spec: Mapping[str, tf.TensorSpec],
+  source: sources.Source,
+  config: Any,
+  size: int,
+  features: Callable[[dict[str, tf.Tensor]], dict[str, Any]] | None = None,
 ) -> tf.data.Dataset:
   """Reads, decodes and batches what `plan` says of each step.
 
@@ -284,11 +314,11 @@ def _decoded(
     features'.
   """
   spec = {
-      "encoded": tf.TensorSpec([size], tf.string),
-      "box": tf.TensorSpec([size, 4], tf.int32),
-      "turn": tf.TensorSpec([size, 3], tf.bool),
-      "index": tf.TensorSpec([size], tf.int64),
-      **spec,
+    "encoded": tf.TensorSpec([size], tf.string),
+    "box": tf.TensorSpec([size, 4], tf.int32),
+    "turn": tf.TensorSpec([size, 3], tf.bool),
+    "index": tf.TensorSpec([size], tf.int64),
+    **spec,
   }
 
   def read(step):
@@ -307,13 +337,13 @@ def _decoded(
     if "color" in x:
       distort = lambda image: augment.distort(image, x["color"], config)
     image = decode.decode_crop(
-        x["encoded"],
-        x["box"],
-        x["turn"],
-        image_size=config.image_size,
-        channels=config.channels,
-        encoding=source.encoding,
-        distort=distort,
+      x["encoded"],
+      x["box"],
+      x["turn"],
+      image_size=config.image_size,
+      channels=config.channels,
+      encoding=source.encoding,
+      distort=distort,
     )
     return example(x, image, tf.constant(True))
 
@@ -323,23 +353,23 @@ def _decoded(
 
   threads = config.threads or os.cpu_count()
   decode_batch = lambda step, batch: _decode_batch(
-      step, batch, _plain(sound), _plain(blank), size, threads
+    step, batch, _plain(sound), _plain(blank), size, threads
   )
   return steps.map(_plain(read), num_parallel_calls=2).interleave(
-      _plain(decode_batch),
-      cycle_length=2,
-      num_parallel_calls=2,
-      deterministic=True,
+    _plain(decode_batch),
+    cycle_length=2,
+    num_parallel_calls=2,
+    deterministic=True,
   )
 
 
 def _decode_batch(
-    step: tf.Tensor,
-    batch: dict[str, tf.Tensor],
-    sound: Callable[..., Any],
-    blank: Callable[..., Any],
-    size: int,
-    threads: int,
+  step: tf.Tensor,
+  batch: dict[str, tf.Tensor],
+  sound: Callable[..., Any],
+  blank: Callable[..., Any],
+  size: int,
+  threads: int,
 ) -> tf.data.Dataset:
   """A data set of one decoded batch.
 
@@ -360,7 +390,7 @@ def _decode_batch(
 
 
 def _headers(
-    encoded: list[bytes],
+  encoded: list[bytes],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Encoded images, sizes [B, 2] and orientations [B], from their headers.
 
@@ -380,9 +410,9 @@ def _headers(
 
 
 def _stand_ins(
-    batch: dict[str, tf.Tensor],
-    source: sources.Source,
-    unreadable: Unreadable,
+  batch: dict[str, tf.Tensor],
+  source: sources.Source,
+  unreadable: Unreadable,
 ) -> tf.Tensor:
   """Row to use in place of each row, int32 [B]; counts the unreadable ones."""
   readable = batch["readable"]
@@ -417,9 +447,9 @@ def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
     divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
     near = sorted(sorted(divisors, key=lambda p: abs(p - patch_size))[:2])
     raise ValueError(
-        f"image size {image_size} is not a multiple of patch size"
-        f" {patch_size}; nearest patch sizes that divide it:"
-        f" {', '.join(map(str, near))}"
+      f"image size {image_size} is not a multiple of patch size"
+      f" {patch_size}; nearest patch sizes that divide it:"
+      f" {', '.join(map(str, near))}"
     )
   return image_size // patch_size, image_size // patch_size
 

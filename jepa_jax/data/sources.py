@@ -5,21 +5,22 @@ state), and TensorFlow only for labels. So the order of a run is arithmetic on
 record numbers, and a resumed run seeks instead of reading again.
 """
 
-import collections
 from collections.abc import Callable, Mapping, Sequence
+import copy
 import difflib
 import os
 import pathlib
-import struct
-import threading
+import re
 from typing import Any, Protocol
 
+from array_record.python import array_record_data_source
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from jepa_jax.data import records
+
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-_OPEN_FILES = 256  # descriptors that one source keeps open
 
 
 class Source(Protocol):
@@ -28,8 +29,7 @@ class Source(Protocol):
   # "png" or "jpeg" where every image is stored so, else None.
   encoding: str | None
 
-  def __len__(self) -> int:
-    ...
+  def __len__(self) -> int: ...
 
   def read(self, indices: np.ndarray) -> list[bytes]:
     """Records of the given numbers, as they are stored."""
@@ -42,62 +42,6 @@ class Source(Protocol):
 
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     """All features of one record but its image, decoded by TensorFlow."""
-
-
-class _Files:
-  """Positional reads of many files through a bounded set of descriptors."""
-
-  def __init__(self, paths: Sequence[str]):
-    self._paths = paths
-    self._open = collections.OrderedDict()
-    self._lock = threading.Lock()
-
-  def read(self, number: int, offset: int, length: int) -> bytes:
-    # The lock covers the read, so that no other thread closes the file.
-    with self._lock:
-      descriptor = self._open.pop(number, None)
-      if descriptor is None:
-        descriptor = os.open(self._paths[number], os.O_RDONLY)
-      self._open[number] = descriptor
-      if len(self._open) > _OPEN_FILES:
-        os.close(self._open.popitem(last=False)[1])
-      data = os.pread(descriptor, length, offset)
-    if len(data) != length:
-      raise ValueError(
-          f"{self._paths[number]} ends before byte {offset + length}; it was"
-          " cut or changed while in use: prepare the data set again"
-      )
-    return data
-
-  def __del__(self):
-    for descriptor in self._open.values():
-      os.close(descriptor)
-
-
-def scan_tfrecord(path: str) -> tuple[np.ndarray, np.ndarray]:
-  """Offsets and lengths (bytes, int64) of the records of a TFRecord file.
-
-  Reads 12 bytes a record and skips the rest.
-
-  Raises:
-    ValueError: the file does not hold whole TFRecords.
-  """
-  offsets, lengths = [], []
-  size = os.path.getsize(path)
-  with open(path, "rb", buffering=0) as file:
-    position = 0
-    while position < size:
-      header = os.pread(file.fileno(), 12, position)
-      length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
-      offsets.append(position + 12)
-      lengths.append(length)
-      position += length + 16  # length, its checksum, data, its checksum
-  if position != size:
-    raise ValueError(
-        f"{path} is not a whole TFRecord file: record {len(offsets) - 1} ends"
-        f" at byte {position} of {size}; prepare the data set again"
-    )
-  return np.asarray(offsets, np.int64), np.asarray(lengths, np.int64)
 
 
 class TfdsSource:
@@ -121,27 +65,24 @@ class TfdsSource:
     # What the builder declared; else the images tell themselves.
     self.encoding = getattr(feature, "_encoding_format", None)
     instructions = info.file_instructions
-    self._files = _Files([x.filename for x in instructions])
-    parts = []
-    for number, x in enumerate(instructions):
-      if ".tfrecord" not in os.path.basename(x.filename):
-        raise ValueError(
-            f"{x.filename} is not a TFRecord file; prepare {self._label} with"
-            " file_format=tfrecord"
-        )
-      offsets, lengths = scan_tfrecord(x.filename)
-      stop = len(offsets) if x.take < 0 else x.skip + x.take
-      span = slice(x.skip, stop)
-      numbers = np.full(len(offsets[span]), number, np.int64)
-      parts.append(np.stack([numbers, offsets[span], lengths[span]], -1))
-    self._index = np.concatenate(parts)
+    kinds = {_record_format(x.filename) for x in instructions}
+    if kinds == {"tfrecord"}:
+      self._records = records.TfRecords(instructions)
+    elif kinds == {"array_record"}:
+      self._records = array_record_data_source.ArrayRecordDataSource(
+        instructions
+      )
+    else:
+      raise ValueError(
+        f"{self._label} is stored as {', '.join(sorted(kinds))}, which allows"
+        " no random access; prepare it with --file_format=array_record"
+      )
 
   def __len__(self) -> int:
-    return len(self._index)
+    return len(self._records)
 
   def read(self, indices: np.ndarray) -> list[bytes]:
-    rows = self._index[indices].tolist()
-    return [self._files.read(*row) for row in rows]
+    return self._records.__getitems__(indices.tolist())
 
   def images(self, records: Sequence[bytes]) -> list[bytes]:
     key, result = self._image_key, []
@@ -180,35 +121,38 @@ class FolderSource:
     self._root = pathlib.Path(root).expanduser()
     if not self._root.is_dir():
       raise ValueError(f"no folder {root}; set data.name to a folder of images")
-    self._paths = sorted(_walk(str(self._root), ""))
-    if not self._paths:
+    listing = records.cached(
+      "folder",
+      str(self._root.resolve()),
+      lambda: _list_folder(str(self._root)),
+      lambda arrays: _is_current(str(self._root), arrays),
+    )
+    self._names = records.Names(listing["names"])
+    if not len(self._names):
       raise ValueError(
-          f"no image below {root}; it needs files that end in"
-          f" {', '.join(FOLDER_SUFFIXES)}"
+        f"no image below {root}; it needs files that end in"
+        f" {', '.join(FOLDER_SUFFIXES)}"
       )
-    tops = [path.split("/", 1)[0] for path in self._paths]
-    nested = all("/" in path for path in self._paths)
-    self.classes = sorted(set(tops)) if nested else []
-    number = {name: i for i, name in enumerate(self.classes)}
-    self._labels = np.asarray([number.get(x, -1) for x in tops], np.int32)
+    self.classes = list(records.Names(listing["classes"]))
+    self._labels = listing["labels"]
 
   def __len__(self) -> int:
-    return len(self._paths)
+    return len(self._names)
 
   def read(self, indices: np.ndarray) -> list[bytes]:
-    return [self._read(self._root / self._paths[i]) for i in indices.tolist()]
-
-  def _read(self, path: pathlib.Path) -> bytes:
-    try:
-      return path.read_bytes()
-    except OSError:  # gone or forbidden: an unreadable image like any other
-      return b""
+    files = []
+    for i in indices.tolist():
+      try:
+        files.append((self._root / self._names[i]).read_bytes())
+      except OSError:  # gone or forbidden: an unreadable image like any other
+        files.append(b"")
+    return files
 
   def images(self, records: Sequence[bytes]) -> list[bytes]:
     return list(records)
 
   def name(self, index: int) -> str:
-    return str(self._root / self._paths[index])
+    return str(self._root / self._names[index])
 
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     del record
@@ -217,17 +161,95 @@ class FolderSource:
     return {"label": tf.gather(self._labels, index)}
 
 
-def _walk(folder: str, prefix: str) -> list[str]:
-  """Image files below a folder, as paths relative to the first call's."""
-  found = []
-  with os.scandir(folder) as entries:
-    for entry in entries:
-      path = prefix + entry.name
-      if entry.is_dir():
-        found += _walk(entry.path, path + "/")
-      elif entry.name.lower().endswith(FOLDER_SUFFIXES):
-        found.append(path)
-  return found
+def _list_folder(root: str) -> dict[str, np.ndarray]:
+  """Names, labels and classes of the images below a folder, and its folders."""
+  names, folders, seen = [], [], set()
+
+  def walk(prefix: str) -> None:
+    stat = os.stat(os.path.join(root, prefix))
+    if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
+      return
+    seen.add((stat.st_dev, stat.st_ino))
+    folders.append((prefix, stat.st_mtime_ns))
+    with os.scandir(os.path.join(root, prefix)) as entries:
+      for entry in entries:
+        if entry.name.lower().endswith(FOLDER_SUFFIXES):
+          names.append(prefix + entry.name)
+        elif entry.is_dir():
+          walk(prefix + entry.name + "/")
+
+  walk("")
+  names.sort()
+  tops = [name.partition("/")[0] for name in names]
+  nested = all("/" in name for name in names)
+  classes = sorted(set(tops)) if nested else []
+  number = {name: i for i, name in enumerate(classes)}
+  return {
+    "names": records.Names.pack(names),
+    "classes": records.Names.pack(classes),
+    "labels": np.asarray([number.get(x, -1) for x in tops], np.int32),
+    "folders": records.Names.pack([prefix for prefix, _ in folders]),
+    "times": np.asarray([time_ns for _, time_ns in folders], np.int64),
+  }
+
+
+def _is_current(root: str, listing: dict[str, np.ndarray]) -> bool:
+  """Whether no folder has changed since it was listed."""
+  folders = records.Names(listing["folders"])
+  for prefix, time_ns in zip(folders, listing["times"]):
+    try:
+      if os.stat(os.path.join(root, prefix)).st_mtime_ns != time_ns:
+        return False
+    except OSError:
+      return False
+  return True
+
+
+class Mixture:
+  """Several sources, each with its share of the images.
+
+  An epoch has as many images as all parts together; a small part with a large
+  share comes more than once an epoch, each time in an order of its own.
+
+  Args:
+    parts: the sources.
+    weights: share of each, in any unit.
+  """
+
+  SLOTS = 1000  # images over which the shares are exact
+
+  def __init__(self, parts: Sequence[Source], weights: Sequence[float]):
+    self.parts = parts
+    self.starts = np.cumsum([0, *map(len, parts)])  # in the numbers of records
+    edges = np.cumsum([0, *weights]) / sum(weights) * self.SLOTS
+    self.slots = np.round(edges).astype(int)  # of each part, as edges
+    encodings = {part.encoding for part in parts}
+    self.encoding = encodings.pop() if len(encodings) == 1 else None
+
+  def __len__(self) -> int:
+    return int(self.starts[-1])
+
+  def _part(self, index: int) -> tuple[Source, int]:
+    number = int(np.searchsorted(self.starts, index, "right")) - 1
+    return self.parts[number], index - int(self.starts[number])
+
+  def read(self, indices: np.ndarray) -> list[bytes]:
+    images = []
+    for index in indices.tolist():
+      part, number = self._part(index)
+      images += part.images(part.read(np.asarray([number])))
+    return images
+
+  def images(self, records: Sequence[bytes]) -> list[bytes]:
+    return list(records)
+
+  def name(self, index: int) -> str:
+    part, number = self._part(index)
+    return part.name(number)
+
+  def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
+    del record, index
+    return {}
 
 
 def open_source(config: Any, split: str | None = None) -> Source:
@@ -242,8 +264,7 @@ def open_source(config: Any, split: str | None = None) -> Source:
   """
   if config.source not in _SOURCES:
     raise ValueError(
-        f'unknown data.source "{config.source}"; known:'
-        f" {', '.join(_SOURCES)}"
+      f'unknown data.source "{config.source}"; known: {", ".join(_SOURCES)}'
     )
   return _SOURCES[config.source](config, split or config.split)
 
@@ -257,23 +278,43 @@ def _open_folder(config: Any, split: str) -> Source:
   return FolderSource(config.name)
 
 
+def _open_mixture(config: Any, split: str) -> Source:
+  """Opens a mixture named like "0.7 tfds:imagenet2012 + 0.3 folder:/photos"."""
+  matches = [
+    re.fullmatch(r"(\d*\.?\d+) (\w+):(.+)", text.strip())
+    for text in config.name.split(" + ")
+  ]
+  if not all(m and m[2] in _SOURCES and float(m[1]) > 0 for m in matches):
+    raise ValueError(
+      f'data.name is "{config.name}"; a mixture needs parts such as "0.7'
+      ' tfds:imagenet2012 + 0.3 folder:/data/photos"'
+    )
+  parts = []
+  for match in matches:
+    part = copy.copy(config)
+    part.name = match[3]
+    parts.append(_SOURCES[match[2]](part, split))
+  return Mixture(parts, [float(match[1]) for match in matches])
+
+
 def _open_scenes(config: Any, split: str) -> Source:
   from jepa_jax.data import scenes  # a builder registers itself on import
 
   num_train, num_test = config.num_scenes
   builder = scenes.prepare(
-      config.data_dir or None,
-      image_size=config.image_size,
-      num_train=num_train,
-      num_test=num_test,
+    config.data_dir or None,
+    image_size=config.image_size,
+    num_train=num_train,
+    num_test=num_test,
   )
   return TfdsSource(builder, split)
 
 
 _SOURCES: Mapping[str, Callable[[Any, str], Source]] = {
-    "tfds": _open_tfds,
-    "folder": _open_folder,
-    "scenes": _open_scenes,
+  "tfds": _open_tfds,
+  "folder": _open_folder,
+  "scenes": _open_scenes,
+  "mixture": _open_mixture,
 }
 
 
@@ -297,9 +338,9 @@ def find_builder(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     near = difflib.get_close_matches(base, sorted(known), n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ValueError(
-        f'unknown TFDS data set "{name}"{hint}. `tfds.list_builders()` lists'
-        f" those that TFDS knows; prepared in {data_dir or 'its data_dir'}:"
-        f" {', '.join(sorted(x.name for x in _folders(data_dir))) or 'none'}"
+      f'unknown TFDS data set "{name}"{hint}. `tfds.list_builders()` lists'
+      f" those that TFDS knows; prepared in {data_dir or 'its data_dir'}:"
+      f" {', '.join(sorted(x.name for x in _folders(data_dir))) or 'none'}"
     ) from None
   if builder.is_prepared():
     return builder
@@ -307,16 +348,16 @@ def find_builder(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     return tfds.core.read_only_builder.builder_from_files(name, **kwargs)
   except tfds.core.DatasetNotFoundError:
     raise ValueError(
-        f'TFDS data set "{name}" is not prepared in'
-        f" {data_dir or 'the default data_dir of TFDS'}; prepare it with"
-        f" `{_prepare_command(name, data_dir)}`{_manual_steps(builder)}, or set"
-        " data.data_dir to where it is"
+      f'TFDS data set "{name}" is not prepared in'
+      f" {data_dir or 'the default data_dir of TFDS'}; prepare it with"
+      f" `{_prepare_command(name, data_dir)}`{_manual_steps(builder)}, or set"
+      " data.data_dir to where it is"
     ) from None
 
 
 def _prepare_command(name: str, data_dir: str) -> str:
-  where = f" --data_dir={data_dir}" if data_dir else ""
-  return f"tfds build {name}{where}"
+  where = f" --data_dir {data_dir}" if data_dir else ""
+  return f"python -m jepa_jax.prepare --name {name}{where} --download"
 
 
 def _manual_steps(builder: tfds.core.DatasetBuilder) -> str:
@@ -340,25 +381,30 @@ def _split_info(builder: tfds.core.DatasetBuilder, split: str) -> Any:
     info = splits[split]
   except (KeyError, ValueError) as error:
     raise ValueError(
-        f'{builder.info.full_name} has no split "{split}"; it has:'
-        f" {', '.join(sorted(splits))}, and slices such as train[:1%]"
+      f'{builder.info.full_name} has no split "{split}"; it has:'
+      f" {', '.join(sorted(splits))}, and slices such as train[:1%]"
     ) from error
   if not info.num_examples:
     raise ValueError(
-        f'split "{split}" of {builder.info.full_name} holds no example; set'
-        " data.split to a larger one"
+      f'split "{split}" of {builder.info.full_name} holds no example; set'
+      " data.split to a larger one"
     )
   return info
 
 
+def _record_format(path: Any) -> str:
+  """File format by TFDS's naming: "set-split.FORMAT-00000-of-00001"."""
+  return os.path.basename(str(path)).rpartition(".")[2].partition("-")[0]
+
+
 def _image_key(features: Any, label: str) -> str:
   keys = [
-      key
-      for key, feature in features.items()
-      if isinstance(feature, tfds.features.Image)
+    key
+    for key, feature in features.items()
+    if isinstance(feature, tfds.features.Image)
   ]
   if not keys:
     raise ValueError(
-        f"{label} has no image; its features are: {', '.join(features)}"
+      f"{label} has no image; its features are: {', '.join(features)}"
     )
   return "image" if "image" in keys else keys[0]

@@ -51,11 +51,11 @@ class Shapes:
 
 @functools.cache
 def enumerate_shapes(
-    scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-    grid: tuple[int, int],
-    *,
-    released: bool,
+  scale: tuple[float, float],
+  aspect_ratio: tuple[float, float],
+  grid: tuple[int, int],
+  *,
+  released: bool,
 ) -> Shapes:
   """Enumerates the blocks of a range of scales and aspect ratios.
 
@@ -90,13 +90,13 @@ def enumerate_shapes(
   columns = np.maximum(widths, 1)[:, None]
   offsets = patch // columns * width + patch % columns
   return Shapes(
-      grid=grid,
-      table=table.reshape(-1).astype(np.int32),
-      heights=heights,
-      widths=widths,
-      areas=areas,
-      rooms=(np.asarray(grid) - sizes + (not released)).astype(np.int32),
-      offsets=np.where(patch < areas[:, None], offsets, 0).astype(np.int32),
+    grid=grid,
+    table=table.reshape(-1).astype(np.int32),
+    heights=heights,
+    widths=widths,
+    areas=areas,
+    rooms=(np.asarray(grid) - sizes + (not released)).astype(np.int32),
+    offsets=np.where(patch < areas[:, None], offsets, 0).astype(np.int32),
   )
 
 
@@ -122,16 +122,16 @@ def pick_shapes(xp: Any, word: Array, shapes: Shapes) -> Array:
 
 
 def place(
-    xp: Any, shapes: Shapes, shape: Array, row: Array, column: Array
+  xp: Any, shapes: Shapes, shape: Array, row: Array, column: Array
 ) -> Blocks:
   """Places blocks of the given shapes; row and column are random words."""
   rows = xp.take(shapes.rooms[:, 0], shape, axis=0)
   columns = xp.take(shapes.rooms[:, 1], shape, axis=0)
   return Blocks(
-      shapes,
-      shape,
-      words.below(xp, row, rows),
-      words.below(xp, column, columns),
+    shapes,
+    shape,
+    words.below(xp, row, rows),
+    words.below(xp, column, columns),
   )
 
 
@@ -139,13 +139,13 @@ def extents(xp: Any, blocks: Blocks) -> tuple[Array, Array]:
   """Rows, bool [..., H], and columns, bool [..., W], that each block covers."""
   covered = []
   for start, sizes, length in (
-      (blocks.top, blocks.shapes.heights, blocks.shapes.grid[0]),
-      (blocks.left, blocks.shapes.widths, blocks.shapes.grid[1]),
+    (blocks.top, blocks.shapes.heights, blocks.shapes.grid[0]),
+    (blocks.left, blocks.shapes.widths, blocks.shapes.grid[1]),
   ):
     position = np.arange(length, dtype=np.int32)
     size = xp.take(sizes, blocks.shape, axis=0)
     covered.append(
-        (position >= start[..., None]) & (position < (start + size)[..., None])
+      (position >= start[..., None]) & (position < (start + size)[..., None])
     )
   return covered[0], covered[1]
 

@@ -60,3 +60,12 @@ def below(xp: Any, word: Array, bound: Array) -> Array:
   high = xp.right_shift(word, np.uint32(16))
   product = high * xp.astype(bound, np.uint32)
   return xp.astype(xp.right_shift(product, np.uint32(16)), np.int32)
+
+
+def ranks(xp: Any, random: Array) -> Array:
+  """Distinct random int32 >= 0 from words [..., N]; the low bits are the id."""
+  n = random.shape[-1]
+  id_bits = max(n - 1, 1).bit_length()
+  high = xp.right_shift(random, np.uint32(id_bits + 1))
+  rank = xp.astype(high * np.uint32(2**id_bits), np.int32)
+  return rank + np.arange(n, dtype=np.int32)
