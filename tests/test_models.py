@@ -57,7 +57,7 @@ def test_encoder_of_all_patches_in_any_order_is_the_same(images, variables):
   assert whole.shape == (B, 15, 28)
   order = jax.random.permutation(jax.random.key(3), 15)
   chosen = encoder.apply(variables, images, jnp.tile(order, (B, 1)))
-  np.testing.assert_allclose(chosen, whole[:, order], atol=1e-5)
+  np.testing.assert_allclose(chosen, whole[:, order], atol=1e-4)
 
 
 def test_context_sees_its_own_patches_alone(images, variables):
@@ -84,7 +84,7 @@ def test_padding_changes_nothing(images, variables):
   np.testing.assert_allclose(
     encoder.apply(variables, images, padded, valid)[:, :3],
     encoder.apply(variables, images, ids),
-    atol=1e-5,
+    atol=1e-4,
   )
 
 
@@ -95,7 +95,7 @@ def test_several_contexts_are_encoded_apart(images, variables):
   assert both.shape == (B, 2, 2, 28)
   for s in range(2):
     np.testing.assert_allclose(
-      both[:, s], encoder.apply(variables, images, ids[:, s]), atol=1e-5
+      both[:, s], encoder.apply(variables, images, ids[:, s]), atol=1e-4
     )
 
 
@@ -163,7 +163,7 @@ def test_attention_matches_flax():
     swap(q), swap(k), swap(v), mask=valid[:, None, None]
   )
   np.testing.assert_allclose(
-    vit.attend(q, k, v, valid), swap(expected), atol=1e-5
+    vit.attend(q, k, v, valid), swap(expected), atol=1e-4
   )
 
 
@@ -192,7 +192,7 @@ def test_predictor_predicts_blocks_and_contexts_apart(predictor_inputs):
         target_ids[:, m : m + 1],
         (3, 5),
       )
-      np.testing.assert_allclose(alone[:, 0, 0], whole[:, s, m], atol=1e-5)
+      np.testing.assert_allclose(alone[:, 0, 0], whole[:, s, m], atol=1e-4)
 
 
 def test_predictor_ignores_padding(predictor_inputs):
@@ -212,7 +212,7 @@ def test_predictor_ignores_padding(predictor_inputs):
     jnp.broadcast_to(jnp.arange(3) < 2, (B, 3, 3)),
   )
   np.testing.assert_allclose(
-    padded[..., :2, :], predictor.apply(variables, *args), atol=1e-5
+    padded[..., :2, :], predictor.apply(variables, *args), atol=1e-4
   )
 
 

@@ -30,8 +30,11 @@ def final_params(config, workdir, step=None):
 
 
 def metrics(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return {row["step"]: row for row in map(json.loads, lines)}
+  rows = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    row = json.loads(line)
+    rows.setdefault(row["step"], {}).update(row)
+  return rows
 
 
 def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(

@@ -50,13 +50,13 @@ def load(name: str) -> Any:
   path = OBJECTIVES.get(name, name)
   if ":" not in path:
     raise ValueError(
-        f'unknown objective "{name}"; known: {", ".join(OBJECTIVES)} '
-        '(or "my_package.module:Name").'
+      f'unknown objective "{name}"; known: {", ".join(OBJECTIVES)} '
+      '(or "my_package.module:Name").'
     )
   module, _, attribute = path.partition(":")
   try:
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ValueError(
-        f'objective "{name}" cannot be imported: {error}'
+      f'objective "{name}" cannot be imported: {error}'
     ) from error

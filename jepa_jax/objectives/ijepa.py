@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jepa_jax import models
-from jepa_jax import objectives
+from jepa_jax import models, objectives
 from jepa_jax.objectives import masks
 
 # The released code normalises targets with PyTorch's default epsilon.
@@ -20,7 +19,7 @@ _TARGET_NORM_EPSILON = 1e-5
 
 
 def normalize_images(
-    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
   """Brings images to zero mean and unit variance, on the device.
 
@@ -86,23 +85,23 @@ class IJEPA:
     """Builds the networks that a config describes."""
     data = config.data
     compute = dict(
-        dtype=jnp.dtype(config.compute.dtype),
-        scan=config.compute.scan,
-        remat=config.compute.remat,
+      dtype=jnp.dtype(config.compute.dtype),
+      scan=config.compute.scan,
+      remat=config.compute.remat,
     )
     grid = models.patch_grid(
-        data.image_size, data.image_size, config.encoder.patch_size
+      data.image_size, data.image_size, config.encoder.patch_size
     )
     return cls(
-        encoder=models.Encoder(**config.encoder, **compute),
-        predictor=models.Predictor(
-            **config.predictor, output_width=config.encoder.width, **compute
-        ),
-        image_shape=(data.image_size, data.image_size, data.channels),
-        shapes=masks.mask_shapes(config.masks, grid),
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-        loss_name=config.loss,
+      encoder=models.Encoder(**config.encoder, **compute),
+      predictor=models.Predictor(
+        **config.predictor, output_width=config.encoder.width, **compute
+      ),
+      image_shape=(data.image_size, data.image_size, data.channels),
+      shapes=masks.mask_shapes(config.masks, grid),
+      mean=tuple(data.mean),
+      std=tuple(data.std),
+      loss_name=config.loss,
     )
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -112,11 +111,11 @@ class IJEPA:
     targets = (batch_size, shapes.num_targets, shapes.target_patches)
     spec = jax.ShapeDtypeStruct
     return {
-        "image": spec((batch_size, *self.image_shape), jnp.uint8),
-        "context_ids": spec(context, jnp.int32),
-        "context_valid": spec(context, jnp.bool_),
-        "target_ids": spec(targets, jnp.int32),
-        "target_valid": spec(targets, jnp.bool_),
+      "image": spec((batch_size, *self.image_shape), jnp.uint8),
+      "context_ids": spec(context, jnp.int32),
+      "context_valid": spec(context, jnp.bool_),
+      "target_ids": spec(targets, jnp.int32),
+      "target_valid": spec(targets, jnp.bool_),
     }
 
   def init(self, rng: jax.Array) -> dict[str, Any]:
@@ -126,10 +125,10 @@ class IJEPA:
     ids = jnp.zeros((1, 1, 1), jnp.int32)
     context = jnp.zeros((1, 1, 1, self.encoder.width))
     return {
-        "encoder": self.encoder.init(encoder_rng, images, ids)["params"],
-        "predictor": self.predictor.init(
-            predictor_rng, context, ids, ids, self._grid
-        )["params"],
+      "encoder": self.encoder.init(encoder_rng, images, ids)["params"],
+      "predictor": self.predictor.init(
+        predictor_rng, context, ids, ids, self._grid
+      )["params"],
     }
 
   def tracked(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -137,11 +136,11 @@ class IJEPA:
     return {"encoder": params["encoder"]}
 
   def loss(
-      self,
-      params: dict[str, Any],
-      target_params: dict[str, Any],
-      batch: dict[str, jax.Array],
-      rng: jax.Array,
+    self,
+    params: dict[str, Any],
+    target_params: dict[str, Any],
+    batch: dict[str, jax.Array],
+    rng: jax.Array,
   ) -> objectives.Loss:
     """Error of the predictions of all target blocks from all contexts.
 
@@ -160,29 +159,29 @@ class IJEPA:
     target_valid = batch.get("target_valid")
 
     features = self.encoder.apply(
-        {"params": target_params["encoder"]}, images
+      {"params": target_params["encoder"]}, images
     )  # [B, N, D]
     targets = normalize_targets(features)
     targets = models.gather_patches(targets, target_ids)  # [B, M, T, D]
     targets = jax.lax.stop_gradient(targets)
 
     context = self.encoder.apply(
-        {"params": params["encoder"]},
-        images,
-        context_ids,
-        context_valid,
-        train=True,
-        rngs={"dropout": rng},
+      {"params": params["encoder"]},
+      images,
+      context_ids,
+      context_valid,
+      train=True,
+      rngs={"dropout": rng},
     )  # [B, S, K, D]
     predictions = self.predictor.apply(
-        {"params": params["predictor"]},
-        context,
-        context_ids,
-        target_ids,
-        self._grid,
-        context_valid,
-        target_valid,
-        train=True,
+      {"params": params["predictor"]},
+      context,
+      context_ids,
+      target_ids,
+      self._grid,
+      context_valid,
+      target_valid,
+      train=True,
     ).astype(jnp.float32)  # [B, S, M, T, D]
 
     if target_valid is None:
@@ -196,20 +195,20 @@ class IJEPA:
       norms = jnp.where(valid, jnp.linalg.norm(x, axis=-1), 0.0)
       return norms.sum() / (patches * (x.size // targets.size))
 
-    metrics = jax.lax.stop_gradient({
+    metrics = jax.lax.stop_gradient(
+      {
         "prediction_norm": mean_norm(predictions, target_valid[:, None]),
         "target_norm": mean_norm(
-            models.gather_patches(features, target_ids).astype(jnp.float32),
-            target_valid,
+          models.gather_patches(features, target_ids).astype(jnp.float32),
+          target_valid,
         ),
-    })
+      }
+    )
     return objectives.Loss(
-        total=errors.sum(),
-        weight=patches * num_contexts * width,
-        metrics=metrics,
-        features=jax.lax.stop_gradient(
-            features.astype(jnp.float32).mean(axis=1)
-        ),
+      total=errors.sum(),
+      weight=patches * num_contexts * width,
+      metrics=metrics,
+      features=jax.lax.stop_gradient(features.astype(jnp.float32).mean(axis=1)),
     )
 
   @property

@@ -40,7 +40,8 @@ class Log:
     if not self._active:
       return
     path = workdir / "metrics.jsonl"
-    cut = path.exists() and not path.read_bytes().endswith((b"\n", b""[:0]))
+    old = path.read_bytes() if path.exists() else b""
+    cut = old and not old.endswith(b"\n")
     self._file = path.open("a", encoding="utf-8")
     if cut:  # A kill may have cut the last line short.
       self._file.write("\n")
@@ -66,7 +67,7 @@ class Log:
       step: steps done.
       metrics: name -> value; what is not finite becomes null in the JSON.
     """
-    if not self._active:
+    if not self._active or not metrics:
       return
     row = {
       name: value if math.isfinite(value) else None
@@ -81,8 +82,9 @@ class Log:
       for name in ("loss", "images_per_second", "data_wait_seconds")
       if name in metrics
     }
-    self._bar.set_postfix(shown)
-    if self._bar.disable:
+    if shown:
+      self._bar.set_postfix(shown)
+    if shown and self._bar.disable:
       text = ", ".join(f"{k} {v}" for k, v in shown.items())
       print(f"step {step} of {self._total}: {text}", flush=True)
 
