@@ -3,7 +3,11 @@
 Command:   python -m jepa_jax.train --config experiments/ijepa_fashion_mnist.py \\
              --workdir runs/fashion_mnist --config.data.data_dir=DIR
            DIR holds TFDS's fashion_mnist/3.0.1.
-Hardware:  2 CPU cores.
+Hardware:  2 CPU cores, half an hour.
+Expected:  the paper has no such experiment. The released PyTorch code at this
+           size and budget: linear 79.2, 20-NN 75.4 (random encoder 75.5 and
+           60.7, raw pixels 83.5 and 86.2).
+Seen:      see README.md, "Results".
 """
 
 import ml_collections

@@ -2,7 +2,9 @@
 
 Command:   python -m jepa_jax.train --config experiments/quickstart.py \\
              --workdir runs/quickstart
-Hardware:  2 CPU cores, 4 GiB; no network, no accelerator.
+Hardware:  2 CPU cores, 4 GiB, 10 minutes; no network, no accelerator.
+Expected:  the paper has no such experiment.
+Seen:      see README.md, "Results".
 """
 
 import ml_collections
