@@ -1,6 +1,7 @@
 """I-JEPA on Fashion-MNIST: 60,000 images of 28 pixels in grey.
 
-Command:   python -m jepa_jax.train --config experiments/ijepa_fashion_mnist.py \\
+Command:   python -m jepa_jax.train \\
+             --config experiments/ijepa_fashion_mnist.py \\
              --workdir runs/fashion_mnist --config.data.data_dir=DIR
            DIR holds TFDS's fashion_mnist/3.0.1.
 Hardware:  2 CPU cores, half an hour.

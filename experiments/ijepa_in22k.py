@@ -1,6 +1,7 @@
 """I-JEPA on ImageNet-22k with the released hyperparameters.
 
-Command:   python -m jepa_jax.train --config experiments/ijepa_in22k.py:vitg16 \\
+Command:   python -m jepa_jax.train \\
+             --config experiments/ijepa_in22k.py:vitg16 \\
              --workdir DIR --config.data.name=FOLDER
 Hardware:  a TPU slice or GPUs.
 Data:      a folder of the 14,197,122 images, in sub-folders a class or not.

@@ -44,7 +44,7 @@ def run(
     if hasattr(arguments, "config"):
       arguments.config = load_config(arguments.config, overrides)
     code = main(arguments)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get("JEPA_JAX_TRACEBACK"):
       raise
     sys.exit(fail(error))

@@ -36,8 +36,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.init_strict = True  # False leaves what the weights lack as it is
 
   c.data = ml_collections.ConfigDict()
-  c.data.source = "tfds"  # "tfds", "folder" or "scenes" (rendered, no network)
-  c.data.name = "imagenet2012"  # of the TFDS data set, or the folder's path
+  c.data.source = "tfds"  # "tfds", "folder", "scenes" (rendered) or "mixture"
+  # Of the TFDS data set, the folder, or "0.7 tfds:imagenet2012 + 0.3 folder:DIR".
+  c.data.name = "imagenet2012"
   c.data.split = "train"  # TFDS split; slices such as train[:1%] too
   c.data.data_dir = ""  # where TFDS keeps its data; "": its default
   c.data.num_examples = 0  # images an epoch; 0: count them
@@ -248,7 +249,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     ValueError: one line that says what it got and what it needs.
   """
   data, encoder = config.data, config.encoder
-  choose("data source", data.source, ("tfds", "folder", "scenes"))
+  choose("data source", data.source, ("tfds", "folder", "scenes", "mixture"))
   choose("init_which", config.init_which, ("target", "context", "all"))
   choose("loss", config.loss, ("smooth_l1", "l2"))
   choose("dtype", config.compute.dtype, ("float32", "bfloat16"))

@@ -101,6 +101,33 @@ def evaluate(
   return rows
 
 
+def resolve(config: Any) -> Any:
+  """A copy of a config that knows the size of its data set."""
+  from jepa_jax import config as config_lib
+  from jepa_jax.data import pipeline
+
+  config = config.copy_and_resolve_references()
+  if config_lib.needs_num_examples(config):
+    with config.unlocked():
+      config.data.num_examples = pipeline.num_examples(config.data)
+  return config
+
+
+def check_data(config: Any) -> None:
+  """Raises ValueError if data or labels of an evaluation cannot be had."""
+  from jepa_jax import config as config_lib
+  from jepa_jax.data import pipeline
+
+  for settings in config.evaluations.values():
+    for split in (settings.train, settings.test):
+      pipeline.evaluation_dataset(
+        config_lib.evaluation_data(config, settings),
+        batch_size=1,
+        split=split,
+        label=settings.label,
+      )
+
+
 def scores(rows: list[dict[str, Any]]) -> dict[str, float]:
   """Rows as metrics of the log: "eval/<name>/<protocol> <features>"."""
   return {
@@ -270,7 +297,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     print(f"report: {report_lib.write(workdir)}")
     return 0
-  config = config_lib.read(path)
+  config = resolve(config_lib.read(path))
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   with checkpoints_lib.Checkpoints(workdir / "checkpoints") as checkpoints:
     state = checkpoints.restore(program.state_spec, arguments.step)

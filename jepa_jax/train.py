@@ -65,10 +65,7 @@ def train_and_evaluate(
   config_lib.check(config)
   claim = describe(config)
   check_workdir(claim, workdir)
-  config = config.copy_and_resolve_references()
-  if config_lib.needs_num_examples(config):
-    with config.unlocked():
-      config.data.num_examples = pipeline.num_examples(config.data)
+  config = evaluate.resolve(config)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   log_every, save_every, evaluate_every = (
     config_lib.steps(config, key)
@@ -82,7 +79,9 @@ def train_and_evaluate(
     process_count=jax.process_count(),
     unreadable=unreadable,
   )
-  dataset = open_data(0)  # what is wrong with the data shows here
+  # What is wrong with any data shows here, not after hours of training.
+  dataset = open_data(0)
+  evaluate.check_data(config)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(json.dumps(claim, indent=2) + "\n")
   end = min(stop_at or program.total_steps, program.total_steps)
@@ -116,12 +115,7 @@ def train_and_evaluate(
       dataset = open_data(start)
     run = Run(workdir, config, program, start)
     with (
-      log_lib.Log(
-        workdir,
-        start=start,
-        total=program.total_steps,
-        unit=config.batch_size,
-      ) as log,
+      log_lib.Log(workdir, start=start, total=program.total_steps) as log,
       feed.Feed(
         dataset.as_numpy_iterator(),
         program.batch_spec,
@@ -148,9 +142,12 @@ def train_and_evaluate(
           meter.check()
           checkpoints.save(state, evaluate.best(rows, config))
           meter.pause()
-        elif save_every and step % save_every == 0 or last:
+        elif save_every and step % save_every == 0:
           meter.check()
           checkpoints.save(state)
+      # Also where a signal came after the loop had looked for it.
+      meter.check()
+      checkpoints.save(state)
       checkpoints.wait()
       run.write(step, meter)
       if step < program.total_steps:
@@ -304,7 +301,7 @@ class Run:
       "seconds": round(seconds + self._before.get("seconds", 0.0), 1),
       "images_per_second": round(meter.images / meter.seconds, 1)
       if meter.seconds
-      else None,
+      else self._before.get("images_per_second"),
       "parameters": sizes,
       "packages": {name: importlib.metadata.version(name) for name in packages},
       "python": sys.version.split()[0],

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jepa_jax"
 MAY_IMPORT = {
   "models": {"models"},
   "objectives": {"models", "objectives"},
-  "data": {"models", "objectives", "data", "command"},  # data.prepare
+  "data": {"models", "objectives", "data"},
   "training": {"models", "objectives", "training", "config"},
   "evaluation": {"models", "objectives", "evaluation"},
 }

@@ -21,13 +21,13 @@ def one_object(shape, *, center=(0.4, -0.3, 0.8), material=0, size=1):
   """A scene of one red object, turned by 25 degrees, under a fixed camera."""
   scene = render.sample_scene(0, "train", 0)
   return dataclasses.replace(
-      scene,
-      shape=np.array([shape]),
-      color=np.array([list(render.COLORS).index("red")]),
-      material=np.array([material]),
-      size=np.array([size]),
-      rotation=np.array([25.0]),
-      centers=np.array([center]),
+    scene,
+    shape=np.array([shape]),
+    color=np.array([list(render.COLORS).index("red")]),
+    material=np.array([material]),
+    size=np.array([size]),
+    rotation=np.array([25.0]),
+    centers=np.array([center]),
   )
 
 
@@ -35,9 +35,7 @@ def rays_of(scene, grid):
   """[grid, grid, 3] directions with forward part 1, written independently."""
   steps = (2 * np.arange(grid) + 1 - grid) / grid * render.TANGENT
   right, down, forward = scene.axes
-  return (
-      forward + steps[None, :, None] * right + steps[:, None, None] * down
-  )
+  return forward + steps[None, :, None] * right + steps[:, None, None] * down
 
 
 def assert_same(one, other):
@@ -66,7 +64,7 @@ def test_size_changes_the_resolution_and_not_the_scene():
   for one, other in zip(small["objects"], large["objects"], strict=True):
     np.testing.assert_array_equal(one["3d_coords"], other["3d_coords"])
     np.testing.assert_allclose(
-        3 * one["pixel_coords"][:2], other["pixel_coords"][:2], rtol=1e-5
+      3 * one["pixel_coords"][:2], other["pixel_coords"][:2], rtol=1e-5
     )
 
 
@@ -82,13 +80,13 @@ def test_any_number_of_workers_draws_the_same_bytes(workers):
 def test_workers_import_numpy_alone():
   job = json.dumps([0, "train", 0, 1, 1, 24])
   code = (
-      "import runpy, sys\n"
-      f"sys.argv = [{render.__file__!r}, {job!r}]\n"
-      f"runpy.run_path({render.__file__!r}, run_name='__main__')\n"
-      "print(*{m.split('.')[0] for m in sys.modules}, file=sys.stderr)\n"
+    "import runpy, sys\n"
+    f"sys.argv = [{render.__file__!r}, {job!r}]\n"
+    f"runpy.run_path({render.__file__!r}, run_name='__main__')\n"
+    "print(*{m.split('.')[0] for m in sys.modules}, file=sys.stderr)\n"
   )
   done = subprocess.run(
-      [sys.executable, "-c", code], capture_output=True, check=True
+    [sys.executable, "-c", code], capture_output=True, check=True
   )
   imported = set(done.stderr.decode().split())
   assert "numpy" in imported
@@ -98,7 +96,7 @@ def test_workers_import_numpy_alone():
 def test_a_failed_worker_is_reported():
   with pytest.raises(RuntimeError, match="train image 0 of 2"):
     list(
-        render.stream(seed=-1, split="train", count=2, image_size=24, workers=2)
+      render.stream(seed=-1, split="train", count=2, image_size=24, workers=2)
     )
 
 
@@ -117,9 +115,9 @@ def test_rays_end_on_the_surface(shape, size):
   y = math.cos(turn) * where[:, 1] - math.sin(turn) * where[:, 0]
   z, half = where[:, 2], scene.half_widths[0]
   outside = {  # each is 0 on the surface of its solid
-      "cube": np.max(np.abs([x, y, z]), axis=0) - half,
-      "sphere": np.sqrt(x**2 + y**2 + z**2) - half,
-      "cylinder": np.maximum(np.hypot(x, y), np.abs(z)) - half,
+    "cube": np.max(np.abs([x, y, z]), axis=0) - half,
+    "sphere": np.sqrt(x**2 + y**2 + z**2) - half,
+    "cylinder": np.maximum(np.hypot(x, y), np.abs(z)) - half,
   }[render.SHAPES[shape]]
   np.testing.assert_allclose(outside, 0, atol=2e-4)
   np.testing.assert_allclose(np.linalg.norm(normals, axis=0), 1, atol=1e-5)
@@ -142,7 +140,7 @@ def test_an_object_is_seen_where_it_projects(shape):
   assert abs(rows.mean() + 0.5 - y) < 0.6
   forward = scene.axes[2]
   assert depth == pytest.approx(
-      (scene.centers[0] - scene.position) @ forward, rel=1e-6
+    (scene.centers[0] - scene.position) @ forward, rel=1e-6
   )
   # Nothing of the object lies outside the window that was searched for it.
   reach = 96 * 0.35 * math.sqrt(3) / (2 * render.TANGENT * depth)
@@ -155,15 +153,15 @@ def test_an_object_is_seen_where_it_projects(shape):
 def test_the_camera_stands_upright():
   scene = one_object(1)
   center, above, right = render.project(
-      scene,
-      np.array(
-          [
-              render.CAMERA_TARGET,
-              np.add(render.CAMERA_TARGET, [0, 0, 1]),
-              render.CAMERA_TARGET + scene.axes[0],
-          ]
-      ),
-      80,
+    scene,
+    np.array(
+      [
+        render.CAMERA_TARGET,
+        np.add(render.CAMERA_TARGET, [0, 0, 1]),
+        render.CAMERA_TARGET + scene.axes[0],
+      ]
+    ),
+    80,
   )
   np.testing.assert_allclose(center[:2], 40)
   assert above[1] < 35 and abs(above[0] - 40) < 1e-6
@@ -221,7 +219,7 @@ def test_metal_has_a_highlight_and_rubber_has_not():
 def test_colors_can_be_told_apart(name):
   colors = list(render.COLORS)
   scene = dataclasses.replace(
-      one_object(0), color=np.array([colors.index(name)])
+    one_object(0), color=np.array([colors.index(name)])
   )
   image, _, owner = render.render(scene, 64)
   seen = image[owner == 0].astype(float).mean(axis=0)
@@ -282,7 +280,7 @@ def example_of(depths):
 )  # fmt: skip
 def test_distance_of_known_depths(nearest, expected):
   label = tf.function(scenes.LABELS["distance"])(
-      example_of([14.0, nearest, 13.0])
+    example_of([14.0, nearest, 13.0])
   )
   assert label.dtype == tf.int32 and label.shape == ()
   assert int(label) == expected < scenes.NUM_CLASSES["distance"]
@@ -309,7 +307,7 @@ def test_prepared_data_are_the_drawn_ones(tmp_path, monkeypatch):
     labels = dataset.map(lambda e: {k: f(e) for k, f in scenes.LABELS.items()})
     seen = set()
     for stored, label in zip(
-        dataset.as_numpy_iterator(), labels.as_numpy_iterator(), strict=True
+      dataset.as_numpy_iterator(), labels.as_numpy_iterator(), strict=True
     ):
       name = stored["file_name"].decode()
       index = int(name.removesuffix(".png").rpartition("_")[2])
@@ -321,12 +319,12 @@ def test_prepared_data_are_the_drawn_ones(tmp_path, monkeypatch):
       assert label["count"] == len(drawn["objects"]) - 3
       nearest = min(o["pixel_coords"][2] for o in drawn["objects"])
       assert label["distance"] == np.digitize(
-          nearest, scenes.DISTANCE_EDGES, right=True
+        nearest, scenes.DISTANCE_EDGES, right=True
       )
       depth = render.render(render.sample_scene(2, split, index), 40)[1]
       assert label["depth"].shape == (40, 40, 1)
       np.testing.assert_allclose(
-          label["depth"][..., 0], np.minimum(depth, 32), atol=5e-4
+        label["depth"][..., 0], np.minimum(depth, 32), atol=5e-4
       )
       for key, feature in builder.info.features["objects"].feature.items():
         values = [o[key] for o in drawn["objects"]]
@@ -382,7 +380,7 @@ def test_configs_have_names_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "value", [{"image_size": 0}, {"num_test": 0}, {"seed": -1}]
+  "value", [{"image_size": 0}, {"num_test": 0}, {"seed": -1}]
 )
 def test_wrong_numbers_are_refused(value):
   with pytest.raises(ValueError, match=next(iter(value))):

@@ -186,7 +186,7 @@ def test_a_workdir_of_another_config_is_refused(run_config, tmp_path):
 @pytest.mark.parametrize(
   "key, value, message",
   [
-    ("data.source", "web", "known: tfds, folder, scenes"),
+    ("data.source", "web", "known: tfds, folder, scenes, mixture"),
     ("encoder.patch_size", 7, "nearest patch sizes"),
     ("masks.min_keep", 500, "min_keep"),
     ("masks.name", "releasd", "released"),
@@ -210,6 +210,21 @@ def test_misuse_is_named_and_leaves_nothing(
   with pytest.raises(ValueError, match=message):
     train.train_and_evaluate(run_config, workdir)
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [(dict(label="colour"), "colour"), (dict(test="validation"), "validation")],
+)
+def test_an_evaluation_without_its_data_is_named_before_training(
+  run_config, tmp_path, change, message
+):
+  settings = config_lib.evaluation("count")
+  settings.update(change)
+  run_config.evaluations.count = settings
+  with pytest.raises(ValueError, match=message):
+    train.train_and_evaluate(run_config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_is_named_and_leaves_nothing(run_config, tmp_path):

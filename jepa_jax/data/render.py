@@ -36,14 +36,14 @@ import numpy as np
 
 # Names and orders are those of TFDS's `clevr`.
 COLORS = {
-    "gray": (87, 87, 87),
-    "blue": (42, 75, 215),
-    "brown": (129, 74, 25),
-    "yellow": (255, 238, 51),
-    "red": (173, 35, 35),
-    "green": (29, 105, 20),
-    "purple": (129, 38, 192),
-    "cyan": (41, 208, 208),
+  "gray": (87, 87, 87),
+  "blue": (42, 75, 215),
+  "brown": (129, 74, 25),
+  "yellow": (255, 238, 51),
+  "red": (173, 35, 35),
+  "green": (29, 105, 20),
+  "purple": (129, 38, 192),
+  "cyan": (41, 208, 208),
 }
 MATERIALS = ("rubber", "metal")
 SHAPES = ("cube", "sphere", "cylinder")
@@ -126,20 +126,20 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     if centers is None:
       continue
     scene = Scene(
-        shape=rng.integers(0, len(SHAPES), num_objects),
-        color=rng.integers(0, len(COLORS), num_objects),
-        material=rng.integers(0, len(MATERIALS), num_objects),
-        size=size,
-        rotation=rng.uniform(0, 360, num_objects),
-        centers=centers,
-        position=position,
-        axes=axes,
-        key=key,
-        fill=fill,
+      shape=rng.integers(0, len(SHAPES), num_objects),
+      color=rng.integers(0, len(COLORS), num_objects),
+      material=rng.integers(0, len(MATERIALS), num_objects),
+      size=size,
+      rotation=rng.uniform(0, 360, num_objects),
+      centers=centers,
+      position=position,
+      axes=axes,
+      key=key,
+      fill=fill,
     )
     scene = dataclasses.replace(  # Let cubes, which are lower, touch the floor.
-        scene,
-        centers=np.concatenate([centers, scene.half_widths[:, None]], axis=1),
+      scene,
+      centers=np.concatenate([centers, scene.half_widths[:, None]], axis=1),
     )
     owner = cast(scene, 64)[1]
     visible = np.bincount(owner.ravel() + 1, minlength=num_objects + 1)[1:]
@@ -148,7 +148,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _place(
-    rng: np.random.Generator, radii: np.ndarray, axes: np.ndarray
+  rng: np.random.Generator, radii: np.ndarray, axes: np.ndarray
 ) -> np.ndarray | None:
   """[n, 2] floor positions that keep their distance, or None if stuck."""
   directions = axes[[0, 2], :2]
@@ -184,12 +184,12 @@ def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
   x, y, depth = ((points - scene.position) @ scene.axes.T).T
   half = image_size / 2
   return np.stack(
-      [
-          half + half * x / (depth * TANGENT),
-          half + half * y / (depth * TANGENT),
-          depth,
-      ],
-      axis=1,
+    [
+      half + half * x / (depth * TANGENT),
+      half + half * y / (depth * TANGENT),
+      depth,
+    ],
+    axis=1,
   )
 
 
@@ -212,10 +212,10 @@ def cast(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
     window = _window(scene, center[None], _reach(scene, k), grid)
     origin = _turn(scene, k, scene.position - center).astype(np.float32)
     near, far = _crossing(
-        SHAPES[scene.shape[k]],
-        np.float32(scene.half_widths[k]),
-        origin[:, None, None],
-        _turn(scene, k, rays[(slice(None), *window)]),
+      SHAPES[scene.shape[k]],
+      np.float32(scene.half_widths[k]),
+      origin[:, None, None],
+      _turn(scene, k, rays[(slice(None), *window)]),
     )
     hit = (near < far) & (near < depth[window])
     depth[window][hit] = near[hit]
@@ -224,7 +224,7 @@ def cast(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def surface_normals(
-    scene: Scene, points: np.ndarray, owner: np.ndarray
+  scene: Scene, points: np.ndarray, owner: np.ndarray
 ) -> np.ndarray:
   """Which way the surface faces where rays end.
 
@@ -249,7 +249,7 @@ def surface_normals(
 
 
 def render(
-    scene: Scene, image_size: int
+  scene: Scene, image_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Draws a scene with 2 x 2 rays a pixel, each to a point of the light.
 
@@ -279,9 +279,9 @@ def render(
   owners = np.stack([owner[i::2, j::2] for i, j in corners])
   nearest = depths.argmin(axis=0)[None]
   return (
-      image,
-      np.take_along_axis(depths, nearest, axis=0)[0],
-      np.take_along_axis(owners, nearest, axis=0)[0],
+    image,
+    np.take_along_axis(depths, nearest, axis=0)[0],
+    np.take_along_axis(owners, nearest, axis=0)[0],
   )
 
 
@@ -301,26 +301,26 @@ def example(seed: int, split: str, index: int, image_size: int) -> dict:
   depth = np.minimum(np.rint(depth / DEPTH_UNIT), 65535).astype(np.uint16)
   pixels = project(scene, scene.centers, image_size)
   return {
-      "image": image,
-      "depth": depth[..., None],
-      "file_name": f"scenes_{split}_{index:06d}.png",
-      "objects": [
-          {
-              "color": list(COLORS)[scene.color[k]],
-              "material": MATERIALS[scene.material[k]],
-              "shape": SHAPES[scene.shape[k]],
-              "size": list(SIZES)[scene.size[k]],
-              "rotation": np.float32(scene.rotation[k]),
-              "3d_coords": scene.centers[k].astype(np.float32),
-              "pixel_coords": pixels[k].astype(np.float32),
-          }
-          for k in range(len(scene.shape))
-      ],
+    "image": image,
+    "depth": depth[..., None],
+    "file_name": f"scenes_{split}_{index:06d}.png",
+    "objects": [
+      {
+        "color": list(COLORS)[scene.color[k]],
+        "material": MATERIALS[scene.material[k]],
+        "shape": SHAPES[scene.shape[k]],
+        "size": list(SIZES)[scene.size[k]],
+        "rotation": np.float32(scene.rotation[k]),
+        "3d_coords": scene.centers[k].astype(np.float32),
+        "pixel_coords": pixels[k].astype(np.float32),
+      }
+      for k in range(len(scene.shape))
+    ],
   }
 
 
 def stream(
-    *, seed: int, split: str, count: int, image_size: int, workers: int
+  *, seed: int, split: str, count: int, image_size: int, workers: int
 ) -> collections.abc.Iterator[dict]:
   """Yields `example` 0, 1, ..., count - 1, drawn by other processes.
 
@@ -342,12 +342,12 @@ def stream(
     for first in range(workers):
       job = [seed, split, first, count, workers, image_size]
       processes.append(
-          subprocess.Popen(
-              [sys.executable, __file__, json.dumps(job)],
-              stdin=subprocess.DEVNULL,
-              stdout=subprocess.PIPE,
-              env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-          )
+        subprocess.Popen(
+          [sys.executable, __file__, json.dumps(job)],
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.PIPE,
+          env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
       )
     for index in range(count):
       process = processes[index % workers]
@@ -356,8 +356,8 @@ def stream(
       payload = process.stdout.read(max(size, 0))
       if size < 0 or len(payload) != size:
         raise RuntimeError(
-            f"the worker that draws scenes stopped at {split} image {index} of "
-            f"{count} (exit status {process.wait()}); its message is above."
+          f"the worker that draws scenes stopped at {split} image {index} of "
+          f"{count} (exit status {process.wait()}); its message is above."
         )
       yield pickle.loads(payload)
   finally:
@@ -399,14 +399,14 @@ def _rays(scene: Scene, grid: int) -> np.ndarray:
   right, down, forward = scene.axes.astype(np.float32)
   offset = offset.astype(np.float32)
   return (
-      forward[:, None, None]
-      + down[:, None, None] * offset[:, None]
-      + right[:, None, None] * offset
+    forward[:, None, None]
+    + down[:, None, None] * offset[:, None]
+    + right[:, None, None] * offset
   )
 
 
 def _turn(
-    scene: Scene, k: int, vectors: np.ndarray, *, back: bool = False
+  scene: Scene, k: int, vectors: np.ndarray, *, back: bool = False
 ) -> np.ndarray:
   """Rotates [3, ...] vectors into (or back from) the object's own axes."""
   if SHAPES[scene.shape[k]] != "cube":
@@ -424,7 +424,7 @@ def _reach(scene: Scene, k: int) -> float:
 
 
 def _window(
-    scene: Scene, centers: np.ndarray, radius: float, grid: int
+  scene: Scene, centers: np.ndarray, radius: float, grid: int
 ) -> tuple[slice, slice]:
   """Rows and columns of the grid that can see spheres (or their hull)."""
   bounds = [[], []]  # of y, of x; plain floats, which are faster when so few
@@ -437,17 +437,17 @@ def _window(
       bound.append((side * depth - spread) / scale)
       bound.append((side * depth + spread) / scale)
   rows, columns = (
-      slice(
-          min(max(math.floor(grid * (1 + min(bound)) / 2), 0), grid),
-          min(max(math.ceil(grid * (1 + max(bound)) / 2), 0), grid),
-      )
-      for bound in bounds
+    slice(
+      min(max(math.floor(grid * (1 + min(bound)) / 2), 0), grid),
+      min(max(math.ceil(grid * (1 + max(bound)) / 2), 0), grid),
+    )
+    for bound in bounds
   )
   return rows, columns
 
 
 def _crossing(
-    shape: str, half: np.ndarray, origin: np.ndarray, ray: np.ndarray
+  shape: str, half: np.ndarray, origin: np.ndarray, ray: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Where rays enter and leave a solid centred at the origin.
 
@@ -504,7 +504,7 @@ def _outward(shape: str, where: np.ndarray) -> np.ndarray:
 
 
 def _shadows(
-    scene: Scene, points: np.ndarray, owner: np.ndarray
+  scene: Scene, points: np.ndarray, owner: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """How much key light and how much ambient light reaches each point.
 
@@ -539,19 +539,19 @@ def _shadows(
     inside = (slice(None), *window)
     offset = points[inside] - center.astype(np.float32)[:, None, None]
     near, far = _crossing(
-        SHAPES[scene.shape[k]],
-        half,
-        _turn(scene, k, offset),
-        _turn(scene, k, light[inside]),
+      SHAPES[scene.shape[k]],
+      half,
+      _turn(scene, k, offset),
+      _turn(scene, k, light[inside]),
     )
     # Convex: an object shades itself only where it faces away from the light.
     blocked = (near < far) & (far > 1e-4) & (owner[window] != k)
     direct[window][blocked] = 0
     # Ambient light that the object, taken as a ball, hides from the floor.
     window = _window(scene, center[None] * [1, 1, 0], 2.5 * reach, grid)
-    offset = points[(slice(None), *window)] - center.astype(np.float32)[
-        :, None, None
-    ]
+    offset = (
+      points[(slice(None), *window)] - center.astype(np.float32)[:, None, None]
+    )
     squared = np.maximum(sum(o * o for o in offset), half * half)
     hidden = -offset[2] * (half * half) / (squared * np.sqrt(squared))
     hidden = np.maximum(hidden - 0.04, 0) * (owner[window] < 0)
@@ -560,12 +560,12 @@ def _shadows(
 
 
 def _shade(
-    scene: Scene,
-    rays: np.ndarray,
-    normals: np.ndarray,
-    owner: np.ndarray,
-    direct: np.ndarray,
-    ambient: np.ndarray,
+  scene: Scene,
+  rays: np.ndarray,
+  normals: np.ndarray,
+  owner: np.ndarray,
+  direct: np.ndarray,
+  ambient: np.ndarray,
 ) -> np.ndarray:
   """[3, grid, grid] linear colour of every ray."""
   view = rays / np.sqrt(sum(r * r for r in rays))

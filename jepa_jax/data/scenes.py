@@ -72,13 +72,13 @@ def depth(example: dict) -> tf.Tensor:
 
 # Each takes one un-batched example. `depth` is a map, so it has no classes.
 LABELS: dict[str, collections.abc.Callable[[dict], tf.Tensor]] = {
-    "count": count,
-    "distance": distance,
-    "depth": depth,
+  "count": count,
+  "distance": distance,
+  "depth": depth,
 }
 NUM_CLASSES = {
-    "count": render.MAX_OBJECTS - render.MIN_OBJECTS + 1,
-    "distance": len(DISTANCE_EDGES) + 1,
+  "count": render.MAX_OBJECTS - render.MIN_OBJECTS + 1,
+  "distance": len(DISTANCE_EDGES) + 1,
 }
 
 
@@ -103,7 +103,7 @@ class ScenesConfig(tfds.core.BuilderConfig):
     for field in ("image_size", "num_train", "num_test"):
       if getattr(self, field) < 1:
         raise ValueError(
-            f"scenes: {field} is {getattr(self, field)}; it must be at least 1."
+          f"scenes: {field} is {getattr(self, field)}; it must be at least 1."
         )
     if self.seed < 0:
       raise ValueError(f"scenes: seed is {self.seed}; it must be 0 or more.")
@@ -114,8 +114,8 @@ class ScenesConfig(tfds.core.BuilderConfig):
       name += f"_seed{self.seed}"
     self.name = name
     self.description = (
-        f"{self.num_train} training and {self.num_test} test images of "
-        f"{self.image_size} x {self.image_size} pixels, seed {self.seed}."
+      f"{self.num_train} training and {self.num_test} test images of "
+      f"{self.image_size} x {self.image_size} pixels, seed {self.seed}."
     )
 
 
@@ -125,48 +125,50 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES: typing.ClassVar = {"1.0.0": "First release."}
   BUILDER_CONFIGS: typing.ClassVar = [
-      ScenesConfig(image_size=size) for size in (64, 96, 128, 224)
+    ScenesConfig(image_size=size) for size in (64, 96, 128, 224)
   ]
 
   def _info(self) -> tfds.core.DatasetInfo:
     size = self.builder_config.image_size
     label = tfds.features.ClassLabel
     return tfds.core.DatasetInfo(
-        builder=self,
-        description="Three to ten solids on a plane, drawn by ray casting.",
-        homepage="https://arxiv.org/abs/1612.06890",  # what it is modelled on
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(
-                shape=(size, size, 3), encoding_format="png"
-            ),
-            # In units of `render.DEPTH_UNIT`: a 16-bit PNG is a quarter of
-            # the size of raw floats.
-            "depth": tfds.features.Image(
-                shape=(size, size, 1), dtype=tf.uint16, encoding_format="png"
-            ),
-            "file_name": tfds.features.Text(),
-            "objects": tfds.features.Sequence({
-                "color": label(names=list(render.COLORS)),
-                "material": label(names=list(render.MATERIALS)),
-                "shape": label(names=list(render.SHAPES)),
-                "size": label(names=list(render.SIZES)),
-                "rotation": tfds.features.Scalar(tf.float32),
-                "3d_coords": tfds.features.Tensor(
-                    shape=(3,), dtype=tf.float32
-                ),
-                "pixel_coords": tfds.features.Tensor(
-                    shape=(3,), dtype=tf.float32
-                ),
-            }),
-        }),
+      builder=self,
+      description="Three to ten solids on a plane, drawn by ray casting.",
+      homepage="https://arxiv.org/abs/1612.06890",  # what it is modelled on
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(
+            shape=(size, size, 3), encoding_format="png"
+          ),
+          # In units of `render.DEPTH_UNIT`: a 16-bit PNG is a quarter of
+          # the size of raw floats.
+          "depth": tfds.features.Image(
+            shape=(size, size, 1), dtype=tf.uint16, encoding_format="png"
+          ),
+          "file_name": tfds.features.Text(),
+          "objects": tfds.features.Sequence(
+            {
+              "color": label(names=list(render.COLORS)),
+              "material": label(names=list(render.MATERIALS)),
+              "shape": label(names=list(render.SHAPES)),
+              "size": label(names=list(render.SIZES)),
+              "rotation": tfds.features.Scalar(tf.float32),
+              "3d_coords": tfds.features.Tensor(shape=(3,), dtype=tf.float32),
+              "pixel_coords": tfds.features.Tensor(
+                shape=(3,), dtype=tf.float32
+              ),
+            }
+          ),
+        }
+      ),
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing is downloaded.
     config = self.builder_config
     return {
-        "train": self._generate_examples("train", config.num_train),
-        "test": self._generate_examples("test", config.num_test),
+      "train": self._generate_examples("train", config.num_train),
+      "test": self._generate_examples("test", config.num_test),
     }
 
   def _generate_examples(self, split: str, num_examples: int):
@@ -174,22 +176,22 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     # More than 8 would wait for this process, which encodes and writes.
     workers = min(os.cpu_count() or 1, 8)
     examples = render.stream(
-        seed=config.seed,
-        split=split,
-        count=num_examples,
-        image_size=config.image_size,
-        workers=workers,
+      seed=config.seed,
+      split=split,
+      count=num_examples,
+      image_size=config.image_size,
+      workers=workers,
     )
     yield from enumerate(examples)
 
 
 def prepare(
-    data_dir: str | os.PathLike | None = None,
-    *,
-    image_size: int = 64,
-    num_train: int = NUM_TRAIN,
-    num_test: int = NUM_TEST,
-    seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  *,
+  image_size: int = 64,
+  num_train: int = NUM_TRAIN,
+  num_test: int = NUM_TEST,
+  seed: int = 0,
 ) -> Scenes:
   """Draws the data set unless it is there already, and opens it.
 
@@ -212,7 +214,7 @@ def prepare(
     RuntimeError: a drawing process ended early.
   """
   config = ScenesConfig(
-      image_size=image_size, num_train=num_train, num_test=num_test, seed=seed
+    image_size=image_size, num_train=num_train, num_test=num_test, seed=seed
   )
   config = Scenes.builder_configs.get(config.name, config)
   if data_dir is not None:
@@ -220,7 +222,7 @@ def prepare(
   builder = Scenes(data_dir=data_dir, config=config)
   try:
     builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
   except OSError:
     # Another process (on a pod, another host) may have been first to rename

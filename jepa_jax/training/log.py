@@ -14,21 +14,16 @@ import tqdm
 class Log:
   """Writes metrics into a workdir; processes but the first write nothing."""
 
-  def __init__(
-    self, workdir: pathlib.Path, *, start: int, total: int, unit: int
-  ):
+  def __init__(self, workdir: pathlib.Path, *, start: int, total: int):
     """Opens the log.
 
     Args:
       workdir: metrics.jsonl and tensorboard/ go there, appended to.
       start: step of the run that this process begins with.
       total: steps of the run.
-      unit: images a step.
     """
     self._active = jax.process_index() == 0
-    self._start = start
     self._total = total
-    self._unit = unit
     # A bar that nobody watches would fill a file with half-drawn lines.
     self._bar = tqdm.tqdm(
       initial=start,
