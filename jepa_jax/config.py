@@ -37,7 +37,7 @@ def defaults() -> ml_collections.ConfigDict:
 
   c.data = ml_collections.ConfigDict()
   c.data.source = "tfds"  # "tfds", "folder", "scenes" (rendered) or "mixture"
-  # Of the TFDS data set, the folder, or "0.7 tfds:imagenet2012 + 0.3 folder:DIR".
+  # Of the TFDS data set, the folder, or "0.7 tfds:NAME + 0.3 folder:DIR".
   c.data.name = "imagenet2012"
   c.data.split = "train"  # TFDS split; slices such as train[:1%] too
   c.data.data_dir = ""  # where TFDS keeps its data; "": its default
