@@ -1,0 +1,101 @@
+"""What a step needs to compute, from shapes alone.
+
+Floating-point operations of the matrix products, a multiplication and an
+addition being two. Norms, activations and the optimizer, a percent or two
+beside them, are left out, as usual in statements of utilisation.
+"""
+
+from typing import Any
+
+from jepa_jax.objectives import ijepa
+
+
+def block(
+  tokens: int, width: int, hidden: int, *, queries: int | None = None
+) -> int:
+  """Operations of one transformer block on one sequence, forward.
+
+  Args:
+    tokens: length of the sequence.
+    width: of a token.
+    hidden: width inside the perceptron.
+    queries: tokens whose output is wanted; None for all. The others give keys
+      and values alone.
+  """
+  queries = tokens if queries is None else queries
+  keys_and_values = 4 * tokens * width**2
+  attention = 4 * queries * width**2 + 4 * queries * tokens * width
+  return keys_and_values + attention + 4 * queries * width * hidden
+
+
+def encoder(network: Any, patches: int, channels: int) -> int:
+  """Operations of an encoder on some patches of one image, forward.
+
+  Args:
+    network: models.Encoder.
+    patches: how many it receives.
+    channels: of the image.
+  """
+  hidden = int(network.mlp_ratio * network.width + 1e-6)
+  blocks = network.depth * block(patches, network.width, hidden)
+  return blocks + _embedding(network, patches, channels)
+
+
+def predictor(network: Any, context: int, targets: int, blocks: int) -> int:
+  """Operations of a predictor from one context of one image, forward.
+
+  What every implementation could save is not counted: in the last block, the
+  context's queries and all that follows from them; in the first, all but one
+  of the target blocks' projections of the same context.
+
+  Args:
+    network: models.Predictor.
+    context: patches of the context, K.
+    targets: patches of a target block, T.
+    blocks: target blocks, M.
+  """
+  width = network.width
+  hidden = int(network.mlp_ratio * width + 1e-6)
+  tokens = context + targets
+  each = (network.depth - 1) * block(tokens, width, hidden)
+  each += block(tokens, width, hidden, queries=targets)
+  each += 2 * targets * width * network.output_width
+  repeated = 6 * context * width**2 if network.depth > 1 else 0
+  embedding = 2 * context * network.output_width * width
+  return blocks * each - (blocks - 1) * repeated + embedding
+
+
+def step(objective: Any, batch_size: int) -> int | None:
+  """Operations of a train step: the least that its model and masks need.
+
+  The backward pass takes two products for each of the forward pass, but one
+  for the patch embedding, for pixels need no gradient. What rematerialisation
+  computes again is not counted; slots of the masks that are padded are.
+
+  Args:
+    objective: of a Program.
+    batch_size: images a step, global.
+
+  Returns:
+    Operations, or None for an objective whose work is not known here.
+
+  Reference: Chowdhery et al. 2022, appendix B (model FLOPs utilisation),
+    arXiv:2204.02311.
+  """
+  if not isinstance(objective, ijepa.IJEPA):
+    return None
+  shapes, network = objective.shapes, objective.encoder
+  height, width, channels = objective.image_shape
+  patches = (height // network.patch_size) * (width // network.patch_size)
+  context = shapes.context_patches
+  target_encoder = encoder(network, patches, channels)
+  per_context = 3 * encoder(network, context, channels)
+  per_context -= _embedding(network, context, channels)
+  per_context += 3 * predictor(
+    objective.predictor, context, shapes.target_patches, shapes.num_targets
+  )
+  return batch_size * (target_encoder + shapes.num_contexts * per_context)
+
+
+def _embedding(network: Any, patches: int, channels: int) -> int:
+  return 2 * patches * network.patch_size**2 * channels * network.width
