@@ -1,0 +1,151 @@
+"""The command; see jepa_jax.bench."""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from jepa_jax import bench, command
+from jepa_jax.bench import data, masks, step
+
+
+def use_cores(count: int) -> int:
+  """Limits this process to some cores, for all threads that start later.
+
+  To be called before TensorFlow is imported, which sizes its pools by it.
+
+  Args:
+    count: cores; 0 for all that the process may use.
+
+  Returns:
+    How many it has now.
+  """
+  if not hasattr(os, "sched_setaffinity"):
+    raise ValueError("limiting a process to some cores needs Linux.")
+  allowed = sorted(os.sched_getaffinity(0))
+  if not 0 <= count <= len(allowed):
+    raise ValueError(f"--cores is {count}; this process has {len(allowed)}.")
+  chosen = allowed[-count:]  # all for 0; the first one serves interrupts
+  os.sched_setaffinity(0, chosen)
+  return len(chosen)
+
+
+def show(rows: list[bench.Row]) -> str:
+  """A table of rows; a single row as a line a value."""
+
+  def text(value: Any) -> str:
+    if isinstance(value, float):
+      return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  if len(rows) == 1:
+    width = max(map(len, names))
+    return "\n".join(f"{n:{width}}  {text(rows[0][n])}" for n in names)
+  cells = [names] + [[text(row.get(n)) for n in names] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  return "\n".join(
+    "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths)) for line in cells
+  )
+
+
+def _grid(text: str) -> tuple[int, int]:
+  height, _, width = text.partition("x")
+  return int(height), int(width or height)
+
+
+def parser(what: str) -> argparse.ArgumentParser:
+  """The flags of one benchmark, of "masks", "data" or "step"."""
+  flags = argparse.ArgumentParser(
+    prog="python -m jepa_jax.bench",
+    description=bench.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add_argument("what", choices=("masks", "data", "step"))
+  flags.add_argument("--json", action="store_true", help="a JSON list of rows")
+  flags.add_argument("--rounds", type=int, default=5)
+  if what == "step":
+    command.add_config_flag(flags)
+    flags.add_argument("--steps", type=int, default=4, help="a round")
+    flags.add_argument(
+      "--profile",
+      default="",
+      metavar="DIR",
+      help="writes a trace of further steps, for xprof and TensorBoard",
+    )
+    return flags
+  flags.add_argument("--batch_size", type=int, default=128, help="images")
+  flags.add_argument("--batches", type=int, default=0, help="timed a round")
+  if what == "masks":
+    flags.add_argument(
+      "--sampler", nargs="+", default=[], help="default: all there are"
+    )
+    flags.add_argument(
+      "--grid",
+      type=_grid,
+      nargs="+",
+      default=[(16, 16), (14, 14)],
+      metavar="HxW",
+      help="patches",
+    )
+  elif what == "data":
+    flags.add_argument(
+      "--config",
+      default=argparse.SUPPRESS,
+      metavar="FILE[:VARIANT]",
+      help="times the pipeline of this experiment instead",
+    )
+    flags.add_argument(
+      "--resume",
+      action="store_true",
+      help=f"times the first batch from step {data.RESUME_STEP:,} of a run "
+      f"over {data.IMAGENET:,} small records instead",
+    )
+    flags.add_argument(
+      "--cores", type=int, default=0, help="to run on; 0: all there are"
+    )
+    flags.add_argument("--images", type=int, default=512, help="JPEGs to make")
+  return flags
+
+
+def main(arguments: argparse.Namespace) -> int:
+  """The command."""
+  for key in ("rounds", "steps", "images", "batch_size"):
+    if getattr(arguments, key, 1) < 1:
+      raise ValueError(f"--{key} is {getattr(arguments, key)}; at least 1.")
+  if arguments.what == "masks":
+    use_cores(1)
+    rows = masks.measure(
+      arguments.sampler,
+      arguments.grid,
+      batch_size=arguments.batch_size,
+      rounds=arguments.rounds,
+      batches=arguments.batches or 100,
+    )
+  elif arguments.what == "step":
+    rows = step.measure(
+      arguments.config,
+      rounds=arguments.rounds,
+      steps=arguments.steps,
+      profile=arguments.profile,
+    )
+  else:
+    cores = use_cores(arguments.cores)
+    if arguments.resume:
+      rows = data.resume(batch_size=arguments.batch_size)
+    else:
+      rows = data.measure(
+        getattr(arguments, "config", None),
+        cores=cores,
+        images=arguments.images,
+        batch_size=arguments.batch_size,
+        rounds=arguments.rounds,
+        batches=arguments.batches or 8,
+      )
+  print(json.dumps(rows, indent=2) if arguments.json else show(rows))
+  return 0
+
+
+if __name__ == "__main__":
+  command.run(main, parser(next((a for a in sys.argv[1:] if a[:1] != "-"), "")))
