@@ -1,0 +1,102 @@
+"""One run on any mesh: eight virtual devices in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+# Sizes that eight devices divide, or parameters would not be split at all.
+SCRIPT = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+import conftest, test_program
+from jepa_jax.training import checkpoints, program as program_lib, sharding
+
+folder, results = sys.argv[1], {}
+config = conftest.small_config()
+config.batch_size = 8
+config.encoder.update(width=32, num_heads=4)
+config.optimizer.clip_norm = 1.0
+
+def build(data, fsdp):
+  config.mesh.data, config.mesh.fsdp = data, fsdp
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp])
+  return program_lib.build(config, mesh)
+
+def flat(state):
+  return [np.asarray(x).tolist() for x in jax.tree.leaves(state)]
+
+for data, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
+  program = build(data, fsdp)
+  state, losses = program.init(0), []
+  for step in range(3):
+    batch = test_program.make_batch(program, step)
+    batch = {
+      k: jax.device_put(v, program.batch_spec[k].sharding)
+      for k, v in batch.items()
+    }
+    state, metrics, _ = program.step(state, batch)
+    losses.append(float(metrics["loss"]))
+  kernel = state.params["encoder"]["transformer"]["blocks"]["fc1"]["kernel"]
+  moment = jax.tree.leaves(state.opt_state, is_leaf=lambda x: False)
+  results[f"{data}x{fsdp}"] = dict(
+    losses=losses,
+    params=[float(np.linalg.norm(x)) for x in jax.tree.leaves(state.params)],
+    share=kernel.addressable_shards[0].data.size / kernel.size,
+    target_share=state.target_params["encoder"]["transformer"]["blocks"]["fc1"][
+      "kernel"
+    ].addressable_shards[0].data.size / kernel.size,
+    largest=max(
+      x.addressable_shards[0].data.size / x.size
+      for x in moment if x.size >= kernel.size
+    ),
+  )
+
+# A checkpoint of the last mesh, 2 x 4, on the others.
+with checkpoints.Checkpoints(folder, config.checkpoint) as saved:
+  saved.save(state)
+  saved.wait()
+  for data, fsdp in ((1, 1), (8, 1), (1, 8)):
+    other = saved.restore(build(data, fsdp).state_spec)
+    results[f"restored {data}x{fsdp}"] = flat(other) == flat(state)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += " --xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("mesh"))],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "1x8", "2x4"])
+def test_a_mesh_changes_nothing_but_the_rounding(results, mesh):
+  np.testing.assert_allclose(
+    results[mesh]["losses"], results["1x1"]["losses"], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    results[mesh]["params"], results["1x1"]["params"], rtol=1e-4, atol=1e-5
+  )
+
+
+def test_fsdp_splits_parameters_their_average_and_their_moments(results):
+  for mesh, parts in (("8x1", 1), ("1x8", 8), ("2x4", 4)):
+    for name in ("share", "target_share", "largest"):
+      assert results[mesh][name] == pytest.approx(1 / parts), (mesh, name)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "8x1", "1x8"])
+def test_checkpoints_restore_on_any_mesh(results, mesh):
+  assert results[f"restored {mesh}"] is True
