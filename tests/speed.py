@@ -74,6 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
   for i in range(arguments.rounds):
     turns = [("ours", run_ours), ("transformers", run_theirs)]
     for name, run in turns[:: 1 if i % 2 else -1]:
+      # OpenMP's threads spin on for a while after PyTorch's turn.
+      time.sleep(arguments.pause)
       start = time.perf_counter()
       run()
       seconds[name].append(time.perf_counter() - start)
@@ -111,6 +113,9 @@ if __name__ == "__main__":
   flags.add_argument("--patch_size", type=int, default=16, help="pixels")
   flags.add_argument("--batch_size", type=int, default=16, help="images")
   flags.add_argument("--rounds", type=int, default=15)
+  flags.add_argument(
+    "--pause", type=float, default=0.5, help="seconds before each turn"
+  )
   flags.add_argument(
     "--attention",
     choices=("sdpa", "eager"),
