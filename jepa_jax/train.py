@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -236,6 +237,11 @@ class Meter:
       row["data_wait_seconds"] = self._batches.wait_seconds / self._steps
       self.images += images
       self.seconds += seconds
+    # The pipeline's share too: it lives in this process. Linux counts in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row["host_memory_gib"] = peak / (
+      2**30 if sys.platform == "darwin" else 2**20
+    )
     self.pause()
     return row
 

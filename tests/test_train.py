@@ -80,6 +80,7 @@ def test_a_run_leaves_its_log_its_results_and_its_report(run_config, tmp_path):
   ):
     assert np.isfinite(rows[1][name]), name
   assert rows[6]["images_per_second"] > 0
+  assert 0.1 < rows[6]["host_memory_gib"] < 16
   table = json.loads((tmp_path / "evaluations.json").read_text())
   seen = {(r["protocol"], r["features"], r["encoder"]) for r in table}
   assert seen == {

@@ -142,8 +142,7 @@ def decode_crop(
 ) -> tf.Tensor:
   """Decodes, crops and resizes one image.
 
-  Bilinear with antialiasing, as the released code's transforms do it through
-  PIL. Colour and grey convert to each other, CMYK to colour; alpha is dropped
+  Colour and grey convert to each other, CMYK to colour; alpha is dropped
   and 16 bits become 8.
 
   Args:
@@ -181,15 +180,7 @@ def decode_crop(
     image = png()
   else:
     image = tf.cond(tf.image.is_jpeg(encoded), jpeg, other)
-  size = tf.constant([image_size, image_size])
-  image = tf.raw_ops.ScaleAndTranslate(
-    images=image[None],
-    size=size,
-    scale=tf.cast(size, tf.float32) / tf.cast(box[2:], tf.float32),
-    translation=tf.zeros(2),
-    kernel_type="triangle",
-    antialias=True,
-  )[0]
+  image = _resize(image, image_size)
   if decoded > channels:
     image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
   if distort is not None:
@@ -197,6 +188,32 @@ def decode_crop(
   image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
   image = tf.ensure_shape(image, (image_size, image_size, channels))
   return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)
+
+
+def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
+  """uint8 [H, W, C] -> float32 [size, size, C], without aliasing.
+
+  Differs: what shrinks in both directions is averaged over areas, four times
+    as fast as the released code's way (PIL's bilinear, a triangle that widens
+    with the scale), which is kept where a direction grows.
+  """
+  shape = tf.shape(image)[:2]
+  target = tf.constant([size, size])
+
+  def average():
+    return tf.raw_ops.ResizeArea(images=image[None], size=target)[0]
+
+  def interpolate():
+    return tf.raw_ops.ScaleAndTranslate(
+      images=image[None],
+      size=target,
+      scale=tf.cast(target, tf.float32) / tf.cast(shape, tf.float32),
+      translation=tf.zeros(2),
+      kernel_type="triangle",
+      antialias=True,
+    )[0]
+
+  return tf.cond(tf.reduce_all(shape >= size), average, interpolate)
 
 
 def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
