@@ -213,7 +213,8 @@ def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
       antialias=True,
     )[0]
 
-  return tf.cond(tf.reduce_all(shape >= size), average, interpolate)
+  resized = tf.cond(tf.reduce_all(shape >= size), average, interpolate)
+  return tf.ensure_shape(resized, (size, size, image.shape[-1]))
 
 
 def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
