@@ -4,7 +4,8 @@ Command:   python -m jepa_jax.train --config experiments/quickstart.py \\
              --workdir runs/quickstart
 Hardware:  2 CPU cores, 4 GiB, 10 minutes; no network, no accelerator.
 Expected:  the paper has no such experiment.
-Seen:      see README.md, "Results".
+Seen:      one seed, linear probe on the last layer, in percent (random encoder
+           in brackets): count 33.6 (30.3), distance 45.3 (47.9).
 """
 
 import ml_collections
@@ -16,20 +17,25 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """No variants: the only one is "" for the whole run."""
   config.choose("variant", variant, ("",))
   c = config.defaults()
-  c.batch_size = 128
-  c.total = "930 steps"
+  c.batch_size = 64
+  c.total = "800 steps"  # about 6 epochs
 
   c.data.source = "scenes"
   c.data.name = "scenes"
   c.data.num_examples = 8000  # rendered once, with 2,000 more to test on
   c.data.image_size = 64  # pixels
+  c.data.mean = (0.65, 0.65, 0.65)  # of the scenes, which are low in contrast
+  c.data.std = (0.113, 0.113, 0.113)
+  c.masks.name = "corrected"
   c.masks.min_keep = 4  # patches, of a grid of 8 x 8
 
   c.encoder.update(width=128, depth=6, num_heads=4, mlp_ratio=4.0)
   c.encoder.patch_size = 8  # pixels
-  c.predictor.update(width=64, depth=4, num_heads=4)
+  c.predictor.update(width=64, depth=2, num_heads=4)
 
   c.optimizer.warmup = "125 steps"
+  c.optimizer.lr_start = 1e-4
+  c.optimizer.lr = 5e-4
   c.compute.dtype = "float32"  # as fast as bfloat16 on a CPU
   c.compute.scan = False  # unrolled is faster on a CPU
 

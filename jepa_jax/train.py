@@ -7,6 +7,7 @@ input is wrong, 75 stopped by a signal with everything saved.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -276,6 +277,15 @@ class Run:
     self._config = config
     self._program = program
     self._begun = time.perf_counter()
+    self._masks = getattr(program.objective, "shapes", None)
+    if self._masks is not None:
+      m = self._masks
+      print(
+        f"masks: {m.num_contexts} x {m.context_patches} context patches "
+        f"({m.context_padding:.1%} padding), {m.num_targets} x "
+        f"{m.target_patches} target patches ({m.target_padding:.1%})",
+        file=sys.stderr,
+      )
     now = datetime.datetime.now().astimezone()
     self._started = now.isoformat(timespec="seconds")
     self._before: dict[str, Any] = {}
@@ -309,6 +319,7 @@ class Run:
       if meter.seconds
       else self._before.get("images_per_second"),
       "parameters": sizes,
+      "masks": self._masks and dataclasses.asdict(self._masks),
       "packages": {name: importlib.metadata.version(name) for name in packages},
       "python": sys.version.split()[0],
     }

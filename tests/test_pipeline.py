@@ -169,9 +169,9 @@ def test_every_image_once_an_epoch_across_the_ends_of_epochs(folder):
     assert sorted(part) == list(range(COUNT))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_processes_share_the_batches_of_one(folder, processes):
-  settings = config(folder)
+  settings = config(folder, batch_size=12)
   whole = take(pipeline.train_dataset(settings), 5)
   parts = [
     take(

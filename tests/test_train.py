@@ -99,6 +99,7 @@ def test_a_run_leaves_its_log_its_results_and_its_report(run_config, tmp_path):
   assert "count" in page and "<svg" in page
   record = json.loads((tmp_path / "run.json").read_text())
   assert record["steps"] == 6 and record["parameters"]["encoder"] > 0
+  assert 0 <= record["masks"]["target_padding"] < 1
   assert list((tmp_path / "tensorboard").iterdir())
   # The score of step 4 is kept as the best; the newest two beside it.
   assert sorted(

@@ -184,8 +184,8 @@ def decode_crop(
   if decoded > channels:
     image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
   if distort is not None:
-    image = distort(image)
-  image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+    image = tf.clip_by_value(distort(image), 0, 255)
+  image = tf.cast(image + 0.5, tf.uint8)  # rounds: nothing here is negative
   image = tf.ensure_shape(image, (image_size, image_size, channels))
   return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)
 
