@@ -166,7 +166,8 @@ def tune_cpu() -> None:
 
   glibc gives a step's buffers back to the kernel and faults every page in
   again in the next step; told not to, a step's 129,000 page faults fall to
-  1,000 and its CPU time by a twentieth. It reads its settings before Python starts, hence the restart.
+  1,000 and its CPU time by a twentieth. It reads its settings before Python
+  starts, hence the restart.
   (arena_max=1 would end the last faults, but XLA's threads then wait for each
   other in malloc, and a step takes 1.5 times the CPU time.) Nothing is done
   where the environment sets GLIBC_TUNABLES already, or where an accelerator
