@@ -293,7 +293,7 @@ def run_command(*arguments):
   "arguments, message",
   [
     (["--config.encodr.width=3"], 'unknown config key "encodr.width"; nearest'),
-    (["--config.batch_size=many"], "needs a int, such as 128"),
+    (["--config.batch_size=many"], "needs a int, such as 64"),
     (["--workdri=x"], "nearest: --workdir"),
   ],
 )
