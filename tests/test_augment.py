@@ -38,11 +38,11 @@ def crops(settings, sizes, orientations=None, seed=0, epoch=0, first=0):
 # --- orientation ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_undone(orientation):
-  exif = Image.Exif()
-  exif[0x0112] = orientation
-  data = test_decode.encode(encoding="JPEG", exif=exif.tobytes())
+def test_exif_rotation_is_undone(orientation, encoding):
+  exif = test_decode.exif_of(orientation)
+  data = test_decode.encode(encoding=encoding, exif=exif)
   upright = Image.open(io.BytesIO(data))
   upright = ImageOps.exif_transpose(upright)
   header = decode.read_header(data)
@@ -62,9 +62,8 @@ def test_exif_rotation_is_undone(orientation):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_random_boxes_are_those_of_the_image_as_displayed(orientation):
-  exif = Image.Exif()
-  exif[0x0112] = orientation
-  data = test_decode.encode(encoding="JPEG", exif=exif.tobytes())
+  exif = test_decode.exif_of(orientation)
+  data = test_decode.encode(encoding="JPEG", exif=exif)
   stored, shown = (HEIGHT, WIDTH), (HEIGHT, WIDTH)
   if orientation >= 5:
     shown = (WIDTH, HEIGHT)

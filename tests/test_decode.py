@@ -60,13 +60,38 @@ def test_header_tells_format_and_size(encoding, options):
   assert header == decode.Header(encoding.lower(), HEIGHT, WIDTH, 1)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_header_tells_the_exif_orientation(orientation):
+def exif_of(orientation):
   exif = Image.Exif()
-  exif[0x0110] = "a camera"
+  exif[0x0110] = "a camera"  # of odd length: WebP pads it
   exif[0x0112] = orientation
-  header = decode.read_header(encode(encoding="JPEG", exif=exif.tobytes()))
-  assert header.orientation == orientation
+  return exif.tobytes()
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_tells_the_exif_orientation(orientation, encoding):
+  data = encode(encoding=encoding, exif=exif_of(orientation))
+  header = decode.read_header(data)
+  assert header == decode.Header(encoding.lower(), HEIGHT, WIDTH, orientation)
+
+
+def test_exif_is_found_behind_the_pixels_of_a_png_too():
+  data = encode(exif=exif_of(6))
+  start = data.index(b"eXIf") - 4
+  length = 12 + int.from_bytes(data[start : start + 4], "big")
+  chunk, rest = data[start : start + length], data[start + length :]
+  moved = data[:start] + rest[:-12] + chunk + rest[-12:]  # before IEND
+  assert decode.read_header(moved).orientation == 6
+  assert Image.open(io.BytesIO(moved)).load() is not None  # it is sound
+
+
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_turns_nothing(encoding):
+  exif = exif_of(6)
+  for broken in (exif[:20], exif.replace(b"\x12\x01", b"\x13\x01")):
+    broken = broken.replace(b"\x01\x12", b"\x01\x13")
+    data = encode(encoding=encoding, exif=broken)
+    assert decode.read_header(data).orientation == 1
 
 
 def png_of_size(height, width):

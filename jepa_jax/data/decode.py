@@ -39,8 +39,7 @@ def read_header(data: bytes) -> Header:
     if data.startswith(b"\xff\xd8"):
       header = _jpeg_header(data)
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
-      width, height = struct.unpack_from(">II", data, 16)
-      header = Header("png", height, width)
+      header = _png_header(data)
     elif data.startswith((b"GIF87a", b"GIF89a")):
       width, height = struct.unpack_from("<HH", data, 6)
       header = Header("gif", height, width)
@@ -98,17 +97,47 @@ def _jpeg_header(data: bytes) -> Header:
     position += length
 
 
+def _png_header(data: bytes) -> Header:
+  width, height = struct.unpack_from(">II", data, 16)
+  exif = _chunk(data, 8, b"eXIf", ">I4s")
+  return Header("png", height, width, _exif_orientation(exif))
+
+
 def _webp_header(data: bytes) -> Header:
-  kind = data[12:16]
+  kind, orientation = data[12:16], 1
   if kind == b"VP8X":
     width = 1 + int.from_bytes(data[24:27], "little")
     height = 1 + int.from_bytes(data[27:30], "little")
+    if data[20] & 8:  # its flag of an EXIF chunk
+      exif = _chunk(data, 12, b"EXIF", "<4sI")
+      orientation = _exif_orientation(exif.removeprefix(b"Exif\0\0"))
   elif kind == b"VP8L":
     (bits,) = struct.unpack_from("<I", data, 21)
     width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
   else:
     width, height = (x & 0x3FFF for x in struct.unpack_from("<HH", data, 26))
-  return Header("webp", height, width)
+  return Header("webp", height, width, orientation)
+
+
+def _chunk(data: bytes, position: int, name: bytes, layout: str) -> bytes:
+  """Data of a PNG's or WebP's first chunk of a name; b"" where it has none.
+
+  Args:
+    data: the file.
+    position: of its first chunk.
+    name: the chunk's.
+    layout: of what comes before a chunk's data: PNG's ">I4s" of length and name
+      (a checksum follows the data), or WebP's "<4sI" (data are padded to even).
+  """
+  while position + 8 <= len(data):
+    head = struct.unpack_from(layout, data, position)
+    png = isinstance(head[0], int)
+    length, found = head if png else head[::-1]
+    position += 8
+    if found == name:
+      return data[position : position + length]
+    position += length + (4 if png else length % 2)
+  return b""
 
 
 def _exif_orientation(tiff: bytes) -> int:
