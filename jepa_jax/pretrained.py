@@ -39,6 +39,13 @@ from jepa_jax.training import program as program_lib
 
 EXPORTED = "encoder.stablehlo"
 EXPORTED_WEIGHTS = "encoder.npz"
+# For a forward pass in float32, XLA's own products and plain sums need 7 to 20
+# percent less CPU time than its fused kernels and sums in trees. (For training
+# the fused kernels are the faster ones.)
+_CPU_OPTIONS = {
+  "xla_cpu_experimental_ynn_fusion_type": "",
+  "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Pretrained:
     images = np.asarray(images) if batch_size else jnp.asarray(images)
     self._check(images.shape)
     run = functools.partial(
-      _encode, self.module, self.preprocessing, layers, pool
+      _encoder(), self.module, self.preprocessing, layers, pool
     )
     size, count = batch_size or len(images), len(images)
     if size == count:
@@ -230,7 +237,7 @@ class Pretrained:
 
     def encode(flat: dict[str, jax.Array], images: jax.Array) -> jax.Array:
       params = jax.tree.unflatten(structure, [flat[key] for key in names])
-      return _encode(
+      return _features(
         self.module, self.preprocessing, layers, pool, params, images
       )
 
@@ -326,14 +333,22 @@ def load(
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _encode(module, preprocessing, layers, pool, params, images):
+def _features(module, preprocessing, layers, pool, params, images):
   x = module.apply({"params": params}, preprocessing(images), layers=layers)
   x = x.astype(jnp.float32)
   if pool == "mean":
     return x.mean(axis=1)
   grid = models.patch_grid(*images.shape[1:3], module.patch_size)
   return x.reshape(x.shape[0], *grid, x.shape[-1])
+
+
+@functools.cache
+def _encoder() -> Any:
+  """_features, jitted with what suits the default backend."""
+  options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+  return jax.jit(
+    _features, static_argnums=(0, 1, 2, 3), compiler_options=options
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -111,12 +111,12 @@ def test_encode_tells_target_from_context(model, exported, images):
 
 def test_encode_in_batches_compiles_once(model, images):
   whole = model.encode(images)
-  before = pretrained._encode._cache_size()
+  before = pretrained._encoder()._cache_size()
   parts = model.encode(images, batch_size=2)
-  assert pretrained._encode._cache_size() == before + 1
+  assert pretrained._encoder()._cache_size() == before + 1
   np.testing.assert_allclose(parts, whole, atol=1e-5)
   model.encode(images[:1], batch_size=2)
-  assert pretrained._encode._cache_size() == before + 1
+  assert pretrained._encoder()._cache_size() == before + 1
 
 
 def test_half_precision_is_close(exported, images):
