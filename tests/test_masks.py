@@ -433,6 +433,29 @@ def test_context_is_all_but_the_targets(name):
   np.testing.assert_array_equal(context[:, 0], ~target.any(1))
 
 
+def test_random_patches_are_equally_likely_alone_and_in_pairs():
+  grid, count = (5, 7), 20000
+  settings = config("random", num_contexts=3, context_patches=6)
+  for kept in sets(draw(settings, grid, count), grid):
+    for i in range(kept.shape[1]):
+      members = kept[:, i].astype(float)
+      share = members.sum() / members.size
+      both = members.T @ members / count
+      alone, pairs = np.diag(both), both[~np.eye(35, dtype=bool)]
+      assert np.abs(alone - share).max() < 5 * math.sqrt(share / count)
+      wanted = ((members.sum(1) * (members.sum(1) - 1)).mean()) / (35 * 34)
+      assert np.abs(pairs - wanted).max() < 5 * math.sqrt(wanted / count)
+
+
+def test_random_contexts_are_cut_at_places_of_their_own():
+  grid = (5, 7)  # 35 less two targets of 7 to 12: at least 11 for the context
+  cut = sets(
+    draw(config("random", num_contexts=2, context_patches=5), grid), grid
+  )[0]
+  assert not (cut[:, 0] & cut[:, 1]).any()
+  assert (cut.sum(-1) == 5).all()
+
+
 def test_rasterized_takes_every_quadrant_as_context_equally_often():
   context, target = sets(draw(config("rasterized"), (6, 8), 4000), (6, 8))
   assert (context.sum((1, 2)) == 12).all() and (target.sum(2) == 12).all()
@@ -495,3 +518,13 @@ def test_streams_of_a_seed_differ():
     for stream in (1, 2, 3, 4)
   }
   assert len(keys) == 16
+
+
+@pytest.mark.parametrize("n", [1, 2, 35, 256])
+def test_permutations_hold_every_number_once(n):
+  key = words.fold(np, words.stream_key(0, 1), np.arange(999, dtype=np.uint32))
+  orders = words.permutation(np, key, n)
+  np.testing.assert_array_equal(
+    np.sort(orders), np.broadcast_to(np.arange(n), (999, n))
+  )
+  assert len(np.unique(orders, axis=0)) == min(math.factorial(min(n, 8)), 999)

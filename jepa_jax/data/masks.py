@@ -24,7 +24,6 @@ class TensorFlow:
   min = staticmethod(tf.reduce_min)
   reshape = staticmethod(tf.reshape)
   right_shift = staticmethod(tf.bitwise.right_shift)
-  sort = staticmethod(tf.sort)
   take = staticmethod(tf.gather)
   where = staticmethod(tf.where)
 
@@ -41,29 +40,21 @@ class TensorFlow:
     return tf.reduce_sum(x if dtype is None else tf.cast(x, dtype), axis)
 
   @staticmethod
-  def take_along_axis(x: tf.Tensor, ids: tf.Tensor, axis: int) -> tf.Tensor:
-    return tf.gather(x, ids, axis=axis, batch_dims=axis)
-
-  @staticmethod
   def kth_largest(values: tf.Tensor, k: int) -> tf.Tensor:
     # Several times as fast as tf.math.top_k, which sorts.
     n = values.shape[-1] - k
     return tf.raw_ops.NthElement(input=values, n=n)[..., None]
 
   @staticmethod
-  def first(valid: tf.Tensor, k: int) -> tf.Tensor:
-    """Indices of the first k true entries of the last axis, then zeros."""
-    shape = valid.shape
-    rows = tf.reshape(valid, (-1, shape[-1]))
-    count = tf.math.count_nonzero(rows, axis=1, dtype=tf.int32)
-    # All true entries in one list, row after row; each row takes its first k.
-    ids = tf.cast(tf.where(rows)[:, 1], tf.int32)
-    ids = tf.concat([ids, tf.zeros([k], tf.int32)], 0)
-    start = tf.cumsum(count, exclusive=True)
-    slots = np.arange(k, dtype=np.int32)
-    ids = tf.gather(ids, start[:, None] + slots)
-    ids = tf.where(slots < count[:, None], ids, 0)
-    return tf.reshape(ids, (*shape[:-1], k))
+  def true_ids(member: tf.Tensor, count: tf.Tensor, k: int) -> tf.Tensor:
+    """Indices of the first k of the `count` true entries of the last axis."""
+    # All true entries in one list, row after row; each row takes k from its
+    # first one on, and so others' where it has fewer.
+    ids = tf.where(tf.reshape(member, (-1, member.shape[-1])))[:, 1]
+    ids = tf.concat([tf.cast(ids, tf.int32), tf.zeros([k], tf.int32)], 0)
+    start = tf.cumsum(tf.reshape(count, (-1,)), exclusive=True)
+    ids = tf.gather(ids, start[:, None] + np.arange(k, dtype=np.int32))
+    return tf.reshape(ids, (*member.shape[:-1], k))
 
 
 # Conversion by AutoGraph has nothing to convert here and triples the tracing.

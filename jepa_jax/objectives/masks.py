@@ -113,7 +113,7 @@ def sample(
   draw, image_key = _draw(settings, seed, step, epoch, index, xp)
   k, surplus = shapes.context_patches, SAMPLERS[settings.name].surplus
   context_ids, context_valid = _bring_to(
-    xp, draw.context, k, surplus, image_key, 0
+    xp, draw.context, k, surplus, image_key, 0, draw.order
   )
   targets = draw.targets
   if not isinstance(targets, tuple):
@@ -149,18 +149,30 @@ def _draw(
 
 
 def _bring_to(
-  xp: Any, member: Array, size: int, surplus: str, key: Array, use: int
+  xp: Any,
+  member: Array,
+  size: int,
+  surplus: str,
+  key: Array,
+  use: int,
+  order: Array | None = None,
 ) -> tuple[Array, Array]:
   """Ids and validity of sets: bool [B, *, N] -> ([B, *, size], same)."""
   sets, n = member.shape[1], member.shape[2]
-  count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
-  if surplus == "random" and size < n:
+  if order is not None:
+    member = member & (order < size)
+  elif surplus == "random" and size < n:
     key = words.fold(xp, key, np.asarray([2**16 + use], np.uint32))
     random = xp.reshape(words.draw(xp, key, sets * n), (-1, sets, n))
     rank = xp.where(member, words.ranks(xp, random), np.int32(-1))
     member = member & (rank >= _kth_largest(xp, rank, size))
+  count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
   valid = np.arange(size, dtype=np.int32) < count
-  return _first(xp, member, size), valid
+  if xp is np or xp is jnp:
+    ids = xp.argsort(~member, axis=-1, stable=True)[..., :size]
+  else:
+    ids = xp.true_ids(member, count, size)
+  return xp.astype(xp.where(valid, ids, 0), np.int32), valid
 
 
 @functools.cache
@@ -237,15 +249,6 @@ def _settings(config: Any, grid: tuple[int, int]) -> samplers.Settings:
         f"{settings.grid[1]} grid it must be from {low} to {high}"
       )
   return settings
-
-
-def _first(xp: Any, member: Array, k: int) -> Array:
-  """Indices of the first k true entries of the last axis, int32; then 0."""
-  if xp is not np and xp is not jnp:
-    return xp.first(member, k)
-  order = xp.argsort(~member, axis=-1, stable=True)[..., :k]
-  count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
-  return xp.astype(xp.where(np.arange(k) < count, order, 0), np.int32)
 
 
 def _kth_largest(xp: Any, values: Array, k: int) -> Array:

@@ -76,10 +76,13 @@ class Draw:
     context: bool [B, S, N], the patches that each context may use.
     targets: (ids int32, valid bool), [B, M, T] each, where T is certain; or
       bool [B, M, N], the patches of each target.
+    order: int32 [B, S, N]; a context's patches counted from 0 in random order,
+      anything elsewhere. None if the sampler has no use for one itself.
   """
 
   context: Array
   targets: Any
+  order: Array | None = None
 
 
 def cond(xp: Any, predicate: Array, true: Callable, false: Callable) -> Any:
@@ -354,24 +357,32 @@ def _draw_random(
   """Disjoint random sets of patches as targets; context: all the rest.
 
   A target has a share of the grid uniform in target_scale (the paper: one
-  target of .6). Several contexts are the same set, cut to K apart.
+  target of .6). Several contexts are the same set, cut to K at different places
+  of one random order.
   """
   del batch_key
   m, n = settings.num_targets, math.prod(settings.grid)
-  sizes = _random_sizes(settings)
-  random = words.draw(xp, image_key, n + m)
-  bits = xp.astype(xp.right_shift(random[:, n:], np.uint32(16)), np.int32)
-  # In the order of their random ranks, targets start at every max-th patch.
-  start = np.arange(m, dtype=np.int32) * sizes.max()
-  last = start + xp.take(sizes, bits, axis=0) - 1  # [B, M]
-  rank = words.ranks(xp, random[:, :n])
-  ordered = xp.sort(rank, axis=1)
-  low = xp.take(ordered, start, axis=1)[..., None]
-  high = xp.take_along_axis(ordered, last, axis=1)[..., None]
-  targets = (rank[:, None] >= low) & (rank[:, None] <= high)  # [B, M, N]
+  table = _random_sizes(settings)
+  word = words.draw(xp, image_key, m)
+  bits = xp.astype(xp.right_shift(word, np.uint32(16)), np.int32)
+  sizes = xp.take(table, bits, axis=0)  # [B, M]
+  rank = words.permutation(xp, words.fold(xp, image_key, np.uint32([1])), n)
+  # In the order of their ranks, targets start at every max-th patch.
+  start = np.arange(m, dtype=np.int32)[:, None] * table.max()
+  ranks, end = rank[:, None], start + sizes[..., None]
+  targets = (ranks >= start) & (ranks < end)  # [B, M, N]
   context = ~xp.any(targets, axis=1)[:, None]
-  shape = (context.shape[0], settings.num_contexts, n)
-  return Draw(xp.broadcast_to(context, shape), targets)
+  # Number of a patch among the context's, the highest rank first: less the
+  # targets that lie above it.
+  order = np.int32(n - 1) - rank
+  for i in range(1, m):
+    order = order - xp.where(rank < start[i], sizes[:, i : i + 1], 0)
+  order, s = order[:, None], settings.num_contexts
+  if s > 1:
+    count = n - xp.sum(sizes, axis=1, dtype=np.int32)[:, None, None]
+    order = order + np.arange(s, dtype=np.int32)[:, None] * count // s
+    order = xp.where(order < count, order, order - count)
+  return Draw(xp.broadcast_to(context, order.shape), targets, order)
 
 
 def _quadrants(settings: Settings) -> np.ndarray:
