@@ -91,6 +91,15 @@ def test_resume_reads_the_batch_of_its_step(monkeypatch):
   assert positive(rows, "first_batch_seconds")
 
 
+def test_listing_finds_every_file():
+  rows = data.listing(42, folders=3)
+  assert [(row["start"], row["files"]) for row in rows] == [
+    ("first", 42),
+    ("again", 42),
+  ]
+  assert positive(rows, "seconds")
+
+
 @pytest.mark.parametrize("size", [(500, 375), (31, 400), (400, 31)])
 def test_crops_of_the_comparison_lie_inside(size):
   rng = np.random.default_rng(0)

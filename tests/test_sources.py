@@ -209,6 +209,20 @@ def test_folders_of_a_folder_are_its_classes(tmp_path):
   assert labels == [0, 1, 2, 2]
 
 
+def test_names_are_in_the_order_of_whole_paths(tmp_path):
+  names = ["a/2.png", "a-b/1.png", "a/10.png", "b/c.d/1.png", "b/c/1.png"]
+  names += ["b/c-/1.png", "b/c.png", "ü/é.png"]
+  for name in names:
+    save(tmp_path / name)
+  source = sources.open_source(config("folder", str(tmp_path)))
+  found = [source.name(i) for i in range(len(source))]
+  assert found == [str(tmp_path / name) for name in sorted(names)]
+  assert source.classes == ["a", "a-b", "b", "ü"]
+  for i, name in enumerate(sorted(names)):
+    label = source.features(tf.constant(b""), tf.constant(i))["label"]
+    assert source.classes[int(label)] == name.split("/")[0]
+
+
 def test_a_file_that_went_away_reads_as_empty(tmp_path):
   save(tmp_path / "a.png")
   source = sources.open_source(config("folder", str(tmp_path)))

@@ -1,7 +1,7 @@
 """Times the masks, the input pipeline or the train step of this machine.
 
     python -m jepa_jax.bench masks [--json]
-    python -m jepa_jax.bench data [--config F:variant] [--resume] [--json]
+    python -m jepa_jax.bench data [--config F:variant] [--resume] [--files N]
     python -m jepa_jax.bench step --config F:variant [--json]
 
 What is compared runs in turns, several rounds; the numbers are medians over the

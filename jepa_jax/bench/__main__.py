@@ -103,6 +103,13 @@ def parser(what: str) -> argparse.ArgumentParser:
       f"over {data.IMAGENET:,} small records instead",
     )
     flags.add_argument(
+      "--files",
+      type=int,
+      default=0,
+      help="times the listing of a folder of so many images instead, a "
+      "multiple of 1000",
+    )
+    flags.add_argument(
       "--cores", type=int, default=0, help="to run on; 0: all there are"
     )
     flags.add_argument("--images", type=int, default=512, help="JPEGs to make")
@@ -134,6 +141,8 @@ def main(arguments: argparse.Namespace) -> int:
     cores = use_cores(arguments.cores)
     if arguments.resume:
       rows = data.resume(batch_size=arguments.batch_size)
+    elif arguments.files:
+      rows = data.listing(arguments.files)
     else:
       rows = data.measure(
         getattr(arguments, "config", None),

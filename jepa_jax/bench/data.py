@@ -1,6 +1,6 @@
 """Speed of the input pipeline, and time to its first batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import pathlib
@@ -127,9 +127,7 @@ def resume(
     config.batch_size = batch_size
     config.data.name = "simulated"
     config.data.data_dir = folder
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = folder  # the index goes with the records
-    try:
+    with _cache_in(folder):  # the index goes with the records
       for what, start in (("first", step), ("again", step), ("step 0", 0)):
         began = time.perf_counter()
         dataset = pipeline.train_dataset(config, start_step=start)
@@ -143,12 +141,57 @@ def resume(
             "batch_size": batch_size,
           }
         )
-    finally:
-      if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-      else:
-        os.environ["XDG_CACHE_HOME"] = before
   return rows
+
+
+def listing(files: int, *, folders: int = 1000) -> list[bench.Row]:
+  """Time to open a folder of many images, in sub-folders, and again.
+
+  The images are hard links to an empty file a sub-folder, for only names are
+  read. The tree is fresh, so the kernel has it in its cache.
+
+  Args:
+    files: images in all, a multiple of folders.
+    folders: sub-folders.
+
+  Returns:
+    A row each for the first start, which lists the files, and for the next,
+    which looks at the folders alone (where listing took over a second, and so
+    was kept).
+  """
+  from jepa_jax.data import sources
+
+  rows = []
+  with tempfile.TemporaryDirectory() as root:
+    images = pathlib.Path(root, "images")
+    for number in range(folders):
+      folder = images / f"n{number:08}"
+      folder.mkdir(parents=True)
+      first = folder / "0.JPEG"
+      first.touch()
+      for i in range(1, files // folders):
+        os.link(first, folder / f"n{number:08}_{i}.JPEG")
+    with _cache_in(root):
+      for what in ("first", "again"):
+        began = time.perf_counter()
+        found = len(sources.FolderSource(str(images)))
+        seconds = time.perf_counter() - began
+        rows.append({"start": what, "files": found, "seconds": seconds})
+  return rows
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+  """Keeps indices and listings in a folder meanwhile."""
+  before = os.environ.get("XDG_CACHE_HOME")
+  os.environ["XDG_CACHE_HOME"] = folder
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ["XDG_CACHE_HOME"]
+    else:
+      os.environ["XDG_CACHE_HOME"] = before
 
 
 def _time_pipeline(config: Any, batches: int) -> float:

@@ -172,9 +172,10 @@ def cached(
   if time.monotonic() - start > _CACHE_SECONDS:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        np.savez(file, **arrays)
-      os.replace(file.name, path)  # another process may write the same
+      # Whole or not at all: another process may write or read the same.
+      with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        np.savez(f"{folder}/x.npz", **arrays)
+        os.replace(f"{folder}/x.npz", path)
     except OSError:
       pass  # no place to keep it: listed anew next time
   return arrays
@@ -189,7 +190,7 @@ class Names(Sequence):
 
   @staticmethod
   def pack(names: Sequence[str]) -> np.ndarray:
-    data = b"".join(os.fsencode(name) + b"\0" for name in names)
+    data = os.fsencode("".join([name + "\0" for name in names]))
     return np.frombuffer(data, np.uint8)
 
   def __len__(self) -> int:

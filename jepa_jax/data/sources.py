@@ -8,6 +8,7 @@ record numbers, and a resumed run seeks instead of reading again.
 from collections.abc import Callable, Mapping, Sequence
 import copy
 import difflib
+import itertools
 import os
 import pathlib
 import re
@@ -162,32 +163,48 @@ class FolderSource:
 
 
 def _list_folder(root: str) -> dict[str, np.ndarray]:
-  """Names, labels and classes of the images below a folder, and its folders."""
-  names, folders, seen = [], [], set()
+  """Names, labels and classes of the images below a folder, and its folders.
+
+  Names are packed a folder at a time, for a million of them as Python objects
+  would take ten times the memory.
+  """
+  packed, tops, counts, folders, seen = [], [], [], [], set()
 
   def walk(prefix: str) -> None:
-    stat = os.stat(os.path.join(root, prefix))
+    path = os.path.join(root, prefix)
+    stat = os.stat(path)
     if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
       return
     seen.add((stat.st_dev, stat.st_ino))
     folders.append((prefix, stat.st_mtime_ns))
-    with os.scandir(os.path.join(root, prefix)) as entries:
+    here = []
+    with os.scandir(path) as entries:
       for entry in entries:
         if entry.name.lower().endswith(FOLDER_SUFFIXES):
-          names.append(prefix + entry.name)
+          here.append(prefix + entry.name)
         elif entry.is_dir():
-          walk(prefix + entry.name + "/")
+          here.append(prefix + entry.name + "/")
+    here.sort()  # with its "/", a folder stands where its files belong
+    for is_folder, group in itertools.groupby(here, lambda x: x[-1] == "/"):
+      if is_folder:
+        for name in group:
+          walk(name)
+      else:
+        names = list(group)
+        packed.append(records.Names.pack(names))
+        tops.append(prefix.partition("/")[0])
+        counts.append(len(names))
 
   walk("")
-  names.sort()
-  tops = [name.partition("/")[0] for name in names]
-  nested = all("/" in name for name in names)
-  classes = sorted(set(tops)) if nested else []
+  classes = (
+    sorted(set(tops)) if all(tops) else []
+  )  # none where a file is on top
   number = {name: i for i, name in enumerate(classes)}
+  labels = [number.get(top, -1) for top in tops]
   return {
-    "names": records.Names.pack(names),
+    "names": np.concatenate([*packed, np.zeros(0, np.uint8)]),
     "classes": records.Names.pack(classes),
-    "labels": np.asarray([number.get(x, -1) for x in tops], np.int32),
+    "labels": np.repeat(np.asarray(labels, np.int32), counts),
     "folders": records.Names.pack([prefix for prefix, _ in folders]),
     "times": np.asarray([time_ns for _, time_ns in folders], np.int64),
   }
