@@ -11,6 +11,7 @@ import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from jepa_jax import bench, command
@@ -60,13 +61,35 @@ def test_data_compares_the_pipeline_with_pil(one_core):
   rows = data.measure(
     None, cores=one_core, images=5, batch_size=3, rounds=1, batches=2
   )
-  assert [row["reader"] for row in rows] == ["pipeline", "decode", "pil"]
-  assert positive(
-    rows, "images_per_second", "images_per_second_per_core", "times_pil"
-  )
+  readers = ["pipeline", "decode", "pil", "pil_uint8"]
+  assert [row["reader"] for row in rows] == readers
+  assert positive(rows, "images_per_second", "images_per_second_per_core")
+  assert positive(rows, "times_pil", "times_pil_uint8")
   assert rows[0]["decode_share"] > 0
   assert {row["cores"] for row in rows} == {1}
-  assert rows[2]["times_pil"] == 1
+  assert rows[2]["times_pil"] == rows[3]["times_pil_uint8"] == 1
+
+
+def test_the_usual_chain_normalises_what_it_read(tmp_path):
+  files = data.write_jpegs(tmp_path, 2)
+  defaults = config_lib.defaults().data
+  settings = {
+    "crop_scale": (1.0, 1.0),
+    "crop_ratio": (4 / 3, 4 / 3),  # the whole image
+    "mean": defaults.mean,
+    "std": defaults.std,
+  }
+  memory = np.zeros((1, 2, 3, 24, 24), np.float32)
+  pil._start_worker(memory, memory.shape, settings)
+  pil._read_batch((0, files, 0, True))
+  tensors = memory[0].copy()
+  pil._read_batch((0, files, 0, False))
+  pixels = memory.view(np.uint8).reshape(-1)[: tensors.size]
+  pixels = pixels.reshape(2, 24, 24, 3)
+  wanted = (pixels / 255 - defaults.mean) / defaults.std
+  np.testing.assert_allclose(tensors.transpose(0, 2, 3, 1), wanted, atol=1e-5)
+  whole = np.asarray(Image.open(files[1]).resize((24, 24), 2))
+  np.testing.assert_array_equal(pixels[1], whole)
 
 
 def test_data_times_the_pipeline_of_a_config(config, scenes_dir, one_core):

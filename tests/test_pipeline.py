@@ -270,6 +270,37 @@ def test_a_mixture_keeps_shares_and_orders(folder, tmp_path):
   assert_same(resumed[0], batches[33])
 
 
+def test_processes_share_the_batches_of_a_mixture_without_labels(tmp_path):
+  shades = {"a": range(0, 8), "b": range(100, 103), "c": range(200, 205)}
+  for name, values in shades.items():
+    for value in values:
+      path = tmp_path / f"{name}/{value:03}.png"  # no classes: files on top
+      path.parent.mkdir(exist_ok=True)
+      Image.new("RGB", (30, 30), (value, 0, 0)).save(path)
+  settings = config(tmp_path, batch_size=40)
+  settings.data.source = "mixture"
+  settings.data.name = (
+    f"5 folder:{tmp_path}/a + 3 folder:{tmp_path}/b + 2 folder:{tmp_path}/c"
+  )
+  whole = take(pipeline.train_dataset(settings), 25)
+  red = np.concatenate([x["image"][:, 0, 0, 0] for x in whole])
+  parts = np.searchsorted([100, 200], red, "right")
+  assert np.bincount(parts).tolist() == [500, 300, 200]
+  # In any stretch, a share is off by chance alone: no part comes in a run.
+  first = np.bincount(parts[:200], minlength=3) / 200
+  assert np.abs(first - (0.5, 0.3, 0.2)).max() < 0.15
+  shares = [
+    take(pipeline.train_dataset(settings, process_index=i, process_count=4), 25)
+    for i in range(4)
+  ]
+  for batch, *pieces in zip(whole, *shares, strict=True):
+    joined = {k: np.concatenate([x[k] for x in pieces]) for k in batch}
+    assert_same(joined, batch)
+  settings.seed = 4
+  (other,) = take(pipeline.train_dataset(settings), 1)
+  assert (other["image"][:, 0, 0, 0] != red[:40]).any()
+
+
 # --- what cannot be read ----------------------------------------------------
 
 

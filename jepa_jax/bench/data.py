@@ -31,11 +31,16 @@ def measure(
   rounds: int = 5,
   batches: int = 8,
 ) -> list[bench.Row]:
-  """Speed of the input pipeline, with masks.
+  """Speed of the input pipeline, with masks, beside others on the same cores:
+
+  - "pil": PIL and the usual Python transforms to normalised float32, in worker
+    processes. The pipeline leaves normalising to the device.
+  - "pil_uint8": the same without ToTensor and Normalize.
+  - "decode": the pipeline's crops decoded, nothing else: the limit.
 
   Args:
     config: whose pipeline to time; None for generated JPEGs of 500 x 375
-      pixels, cropped to 224, against PIL and against decoding alone.
+      pixels, cropped to 224, and the comparison.
     cores: threads of the pipeline and decoder, and processes of PIL; limiting
       this process to as many cores is the caller's business.
     images: JPEGs to generate.
@@ -44,8 +49,8 @@ def measure(
     batches: timed a round.
 
   Returns:
-    Rows of reader "pipeline" and, without a config, of "decode" and "pil".
-    "decode_share" is the share of the pipeline's time that decoding takes.
+    A row a reader, "pipeline" and those above; "decode_share" is the share of
+    the pipeline's time that decoding takes.
 
   Raises:
     ValueError: Pillow is missing, or the config's data cannot be read.
@@ -57,8 +62,8 @@ def measure(
     if config is None:
       if not pil_lib.has_pillow():
         raise ValueError(
-          "Pillow, which the pipeline is compared with, is missing; "
-          'pip install "jepa_jax[test]", or time a --config alone.'
+          'Pillow is missing; pip install "jepa_jax[test]" to compare with it,'
+          " or time a --config alone."
         )
       config = config_lib.defaults()
       config.batch_size = batch_size
@@ -70,11 +75,11 @@ def measure(
       turns["decode"] = _decode_turn(config, files, batches, cores)
       pil = stack.enter_context(pil_lib.Workers(config, files, cores))
       turns["pil"] = lambda: pil.time(batches)
+      turns["pil_uint8"] = lambda: pil.time(batches, tensors=False)
     else:
       config = config.copy_and_resolve_references()
-      if not config.data.threads:
-        with config.unlocked():
-          config.data.threads = cores
+      with config.unlocked():
+        config.data.threads = config.data.threads or cores
       turns["pipeline"] = lambda: _time_pipeline(config, batches)
     seconds = bench.in_turns(turns, rounds)
   rows = []
@@ -90,7 +95,8 @@ def measure(
       "rounds": rounds,
     }
     if len(turns) > 1:
-      row["times_pil"] = seconds["pil"] / seconds[reader]
+      for other in ("pil", "pil_uint8"):
+        row[f"times_{other}"] = seconds[other] / seconds[reader]
       if reader == "pipeline":
         row["decode_share"] = seconds["decode"] / seconds["pipeline"]
     rows.append(row)

@@ -210,8 +210,7 @@ def train_dataset(
       epoch=batch["epoch"],
       index=batch["index"],
     )
-    stand_in = _stand_ins(batch, source, unreadable)
-    return {"image": tf.gather(batch["image"], stand_in), **drawn}
+    return {"image": _mended(batch, source, unreadable), **drawn}
 
   spec = {"epoch": tf.TensorSpec([share], tf.int64)}
   if augment.distorts(data):
@@ -265,7 +264,7 @@ def evaluation_dataset(
 
   def finish(start, batch):
     del start
-    _stand_ins(batch, source, unreadable)
+    _mended(batch, source, unreadable)  # counts what "valid" leaves out
     example = {
       "image": batch["image"],
       "valid": batch["valid"] & batch["readable"],
@@ -409,14 +408,13 @@ def _headers(
   return _strings(encoded), sizes, orientations
 
 
-def _stand_ins(
+def _mended(
   batch: dict[str, tf.Tensor],
   source: sources.Source,
   unreadable: Unreadable,
 ) -> tf.Tensor:
-  """Row to use in place of each row, int32 [B]; counts the unreadable ones."""
-  readable = batch["readable"]
-  rows = tf.range(readable.shape[0], dtype=tf.int32)
+  """The images, others of the batch for the unreadable ones; counts those."""
+  image, readable = batch["image"], batch["readable"]
 
   def report(readable, index):
     bad = np.flatnonzero(~readable)
@@ -431,10 +429,10 @@ def _stand_ins(
     return good[following].astype(np.int32)
 
   def replace():
-    result = tf.numpy_function(report, [readable, batch["index"]], tf.int32)
-    return tf.ensure_shape(result, rows.shape)
+    rows = tf.numpy_function(report, [readable, batch["index"]], tf.int32)
+    return tf.gather(image, tf.ensure_shape(rows, readable.shape))
 
-  return tf.cond(tf.reduce_all(readable), lambda: rows, replace)
+  return tf.cond(tf.reduce_all(readable), lambda: image, replace)
 
 
 def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
