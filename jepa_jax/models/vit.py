@@ -175,6 +175,8 @@ def attend(
   return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
+# The backward pass needs its input alone, not the error function besides.
+@jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
   # Through erf: XLA has a fast polynomial for it on CPU and not for the erfc
   # of jax.nn.gelu.
@@ -215,6 +217,8 @@ class Block(nn.Module):
     x: jax.Array,
     valid: jax.Array | None = None,
     drop_path: jax.Array | float | None = None,
+    *,
+    first: int = 0,
   ) -> jax.Array:
     """Applies the block.
 
@@ -223,9 +227,11 @@ class Block(nn.Module):
       valid: [B, N] bool, or None where nothing is padded.
       drop_path: probability of leaving out each residual branch for an
         image; None in inference. Also switches dropout on.
+      first: of the patches whose output is wanted; those before it give keys
+        and values alone.
 
     Returns:
-      [B, N, D].
+      [B, N - first, D].
     """
     train = drop_path is not None
     norm = functools.partial(
@@ -249,9 +255,9 @@ class Block(nn.Module):
     qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
     qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
     query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, head_dim]
-    y = attend(query, key, value, valid)
-    y = y.transpose(0, 2, 1, 3).reshape(b, n, d)
-    x = x + keep_path(drop(dense(d, name="out")(y)))
+    y = attend(query[:, :, first:], key, value, valid)
+    y = y.transpose(0, 2, 1, 3).reshape(b, n - first, d)
+    x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
 
     y = norm(name="norm2")(x)
     # Cut, not rounded, as released; the epsilon mends ratios such as 209 / 48.
@@ -296,6 +302,7 @@ class Transformer(nn.Module):
     *,
     layers: int = 1,
     train: bool = False,
+    first: int = 0,
   ) -> list[jax.Array]:
     """Applies all blocks.
 
@@ -304,9 +311,12 @@ class Transformer(nn.Module):
       valid: [B, N] bool, or None where nothing is padded.
       layers: how many of the last blocks' outputs to return.
       train: draws dropout and stochastic depth from the rng "dropout".
+      first: of the patches whose output of the last block is wanted: those
+        before it cost that block their keys and values alone.
 
     Returns:
-      The outputs of the last `layers` blocks, in order, each [B, N, D].
+      The outputs of the last `layers` blocks, in order, each [B, N, D], the
+      last [B, N - first, D].
 
     Raises:
       ValueError: unknown remat policy, more layers asked than there are, or
@@ -335,30 +345,40 @@ class Transformer(nn.Module):
       per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
       per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
 
-    def apply_block(x: jax.Array, layer: tuple[Any, Any]) -> jax.Array:
+    def apply_block(
+      x: jax.Array, layer: tuple[Any, Any], first: int
+    ) -> jax.Array:
       weights, extra = layer
       rngs = {"dropout": extra["rng"]} if stochastic else None
       return block.apply(
-        {"params": weights}, x, valid, extra.get("drop_path"), rngs=rngs
+        {"params": weights},
+        x,
+        valid,
+        extra.get("drop_path"),
+        first=first,
+        rngs=rngs,
       )
 
     if self.remat != "none":
       apply_block = jax.checkpoint(
-        apply_block, policy=REMAT_POLICIES[self.remat]
+        apply_block, policy=REMAT_POLICIES[self.remat], static_argnums=2
       )
     # The scan hands on its last output alone; what else is wanted is unrolled.
     scanned = 0
     if self.scan:
-      scanned = self.depth if layers == 1 else self.depth - layers
+      scanned = self.depth
+      if layers > 1 or first:
+        scanned -= layers
     stacked = (params, per_layer)
     if scanned:
       head = jax.tree.map(lambda leaf: leaf[:scanned], stacked)
       x, _ = jax.lax.scan(
-        lambda x, layer: (apply_block(x, layer), None), x, head
+        lambda x, layer: (apply_block(x, layer, 0), None), x, head
       )
     outputs = [x]
-    for layer in _unstack(stacked, scanned, self.depth):
-      x = apply_block(x, layer)
+    unrolled = _unstack(stacked, scanned, self.depth)
+    for i, layer in enumerate(unrolled, 1):
+      x = apply_block(x, layer, first if i == len(unrolled) else 0)
       outputs.append(x)
     return outputs[-layers:]
 
@@ -597,12 +617,12 @@ class Predictor(nn.Module):
       scan=self.scan,
       remat=self.remat,
       name="transformer",
-    )(pair(seen, asked), valid, train=train)
+    )(pair(seen, asked), valid, train=train, first=k)
     x = nn.LayerNorm(
       epsilon=_NORM_EPSILON,
       dtype=self.dtype,
       use_fast_variance=False,
       name="norm",
-    )(x[:, k:])
+    )(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)
