@@ -11,12 +11,20 @@ from collections.abc import Callable
 import difflib
 import glob
 import importlib.util
+import math
 import os
 import pathlib
+import signal
+import socket
+import subprocess
 import sys
+import time
+import traceback
 from typing import Any
 
 import ml_collections
+
+from jepa_jax.training import distributed
 
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -43,12 +51,22 @@ def run(
       raise ValueError(_unknown("flag", (unknown or overrides)[0], known))
     if hasattr(arguments, "config"):
       arguments.config = load_config(arguments.config, overrides)
-    code = main(arguments)
-  except (ValueError, OSError, FloatingPointError) as error:
-    if os.environ.get("JEPA_JAX_TRACEBACK"):
-      raise
-    sys.exit(fail(error))
-  sys.exit(code or 0)
+    if getattr(arguments, "processes", 1) != 1:
+      sys.exit(launch(arguments))
+    if hasattr(arguments, "coordinator"):
+      distributed.join(arguments)
+    code = main(arguments) or 0
+  except Exception as error:
+    if distributed.lost(error):
+      distributed.leave_lost(error)
+    expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+    if expected and not os.environ.get("JEPA_JAX_TRACEBACK"):
+      code = fail(error)
+    else:
+      traceback.print_exc()
+      code = 1
+    distributed.leave(code)
+  sys.exit(code)
 
 
 def fail(error: Exception) -> int:
@@ -56,6 +74,67 @@ def fail(error: Exception) -> int:
   text = " ".join(str(error).split()) or type(error).__name__
   print(f"{type(error).__name__}: {text}", file=sys.stderr)
   return EXIT_BAD_INPUT
+
+
+def launch(arguments: argparse.Namespace) -> int:
+  """Runs this command as several processes on the CPU of this machine.
+
+  Signals are passed on to all of them. Where one of them ends badly, the
+  others follow by themselves, or are ended after a minute.
+
+  Args:
+    arguments: parsed flags, with those of distributed.add_flags.
+
+  Returns:
+    The exit code of all, or else of the one that was to blame.
+
+  Raises:
+    ValueError: flags that do not fit together.
+  """
+  count = arguments.processes
+  if count < 1 or arguments.coordinator or arguments.num_processes:
+    raise ValueError(
+      f"got --processes {count}; it needs at least 1, and neither "
+      "--coordinator nor --num_processes beside it."
+    )
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  # The last of two equal flags counts.
+  flags = ["--processes=1", f"--coordinator={address}"]
+  flags += [f"--num_processes={count}"]
+  children = [
+    subprocess.Popen(
+      [sys.executable, *sys.orig_argv[1:], *flags, f"--process_id={i}"],
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      # A terminal's Ctrl-C reaches them through this process alone.
+      start_new_session=True,
+    )
+    for i in range(count)
+  ]
+
+  def pass_on(number: int, frame: Any) -> None:
+    del frame
+    for child in children:
+      child.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+  deadline = math.inf
+  while any(child.poll() is None for child in children):
+    if any(child.returncode not in (None, 0) for child in children):
+      deadline = min(deadline, time.monotonic() + 60)
+    if time.monotonic() > deadline:
+      for child in children:
+        child.kill()
+    time.sleep(0.1)
+  codes = [child.returncode for child in children]
+  for i, code in enumerate(codes):
+    if code < 0:
+      name = signal.Signals(-code).name
+      print(f"process {i} was ended by {name}", file=sys.stderr)
+  blamed = [c for c in codes if c > 0 and c != distributed.EXIT_LOST]
+  return max(blamed, default=distributed.EXIT_LOST if any(codes) else 0)
 
 
 def add_config_flag(parser: argparse.ArgumentParser) -> None:

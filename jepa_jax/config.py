@@ -108,6 +108,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.checkpoint.keep_best = 1  # best ones by `best_metric`; 0: none
   c.checkpoint.best_metric = ""  # "count/linear/last"; "": the first linear one
   c.checkpoint.resume = True  # go on from the newest one in the workdir
+  c.profile = ml_collections.ConfigDict()  # a trace into the workdir's profile/
+  c.profile.start = 0  # begins when so many steps are done; 0: no trace
+  c.profile.steps = 3  # that it covers
   c.collapse = ml_collections.ConfigDict()  # warns past these
   c.collapse.feature_std = 1e-3  # at least; over images, mean of features
   c.collapse.effective_rank = 1.5  # at least; of a batch's pooled features

@@ -14,12 +14,16 @@ import sys
 from typing import Any
 
 from jepa_jax import command
+from jepa_jax.training import distributed
 
 
 def evaluate(
   program: Any, state: Any, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
   """Runs the evaluations of a config.
+
+  With several processes, each reads and encodes its share, and all of them fit
+  the same probes on the same features.
 
   Args:
     program: training.program.Program.
@@ -33,6 +37,9 @@ def evaluate(
   Raises:
     ValueError: an unknown name, or data that cannot be had.
   """
+  import functools
+
+  import jax
   import ml_collections
   import numpy as np
 
@@ -40,6 +47,7 @@ def evaluate(
   from jepa_jax.data import pipeline
   from jepa_jax.evaluation import features as features_lib
   from jepa_jax.evaluation import probes
+  from jepa_jax.training import sharding
 
   config = ml_collections.ConfigDict(program.config)
   names = list(config.evaluations) if names is None else names
@@ -47,27 +55,37 @@ def evaluate(
     config_lib.choose("evaluation", name, list(config.evaluations))
   batch_size = _batch_size(program)
   extracted: dict[str, Any] = {}  # evaluations of one data set share features
+  gather = functools.partial(
+    distributed.gather, sharding=sharding.batch_sharding(program.mesh)
+  )
+  progress = sys.stderr.isatty() and not jax.process_index()
 
   def read(settings, split, encoder, encode):
     data = config_lib.evaluation_data(config, settings)
     dataset = pipeline.evaluation_dataset(
-      data, batch_size=batch_size, split=split, label=settings.label
+      data,
+      batch_size=batch_size,
+      split=split,
+      label=settings.label,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     key = json.dumps([data.to_dict(), split])
     if (key, encoder) not in extracted:
       part = features_lib.extract(
         encode,
         dataset,
+        gather=gather,
         total=pipeline.num_examples(data, split),
         description=f"{encoder} features of {split}",
-        progress=sys.stderr.isatty(),
+        progress=progress,
       )
       extracted[key, encoder] = part["features"]
       extracted[key, settings.label] = part["labels"]
     if (key, settings.label) not in extracted:
       extracted[key, settings.label] = np.concatenate(
         [
-          batch["label"][batch["valid"]]
+          gather(batch["label"])[gather(batch["valid"])]
           for batch in dataset.as_numpy_iterator()
         ]
       )
@@ -96,7 +114,7 @@ def evaluate(
       sets,
       protocols=settings.protocols,
       seed=config.seed,
-      progress=sys.stderr.isatty(),
+      progress=progress,
     )
   return rows
 
@@ -188,6 +206,8 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
   Returns:
     Arrays by the names of evaluation.report.
   """
+  import functools
+
   import jax
   import ml_collections
   import numpy as np
@@ -196,6 +216,7 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
   from jepa_jax import models
   from jepa_jax.data import pipeline
   from jepa_jax.objectives import ijepa
+  from jepa_jax.training import sharding
 
   config = ml_collections.ConfigDict(program.config)
   size = config.data.image_size
@@ -225,7 +246,7 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
   images = batch["image"][batch["valid"]]
   arrays["features_image"] = images
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
   def patches(params, images):
     images = ijepa.normalize_images(images, config.data.mean, config.data.std)
     x = program.objective.encoder.apply({"params": params}, images)
@@ -270,7 +291,8 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
     return x.astype("float32").mean(axis=1)
 
   def encode_with(params):
-    return lambda images: pooled(params, jax.device_put(images, split))
+    put = jax.make_array_from_process_local_data
+    return lambda images: pooled(params, put(split, images))
 
   encoders = {"trained": encode_with(encoder_params(state))}
   if "random" in settings.baselines:
@@ -283,6 +305,8 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
+  import jax
+
   from jepa_jax import config as config_lib
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import program as program_lib
@@ -297,16 +321,20 @@ def main(arguments: argparse.Namespace) -> int:
 
     print(f"report: {report_lib.write(workdir)}")
     return 0
-  config = resolve(config_lib.read(path))
+  with distributed.first_process_first("data"):
+    config = resolve(config_lib.read(path))
+    check_data(config)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   with checkpoints_lib.Checkpoints(workdir / "checkpoints") as checkpoints:
     state = checkpoints.restore(program.state_spec, arguments.step)
   if state is None:
     raise ValueError(f"{workdir} holds no checkpoint yet.")
   names = arguments.only.split(",") if arguments.only else None
-  print(f"evaluating step {int(state.step)}", file=sys.stderr)
+  if not jax.process_index():
+    print(f"evaluating step {int(state.step)}", file=sys.stderr)
   rows = evaluate(program, state, names)
   report(program, state, rows, workdir)
+  distributed.barrier("evaluated")
   return 0
 
 
@@ -317,6 +345,7 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_argument("--workdir", required=True, help="folder of the run")
+  distributed.add_flags(flags)
   flags.add_argument(
     "--step", type=int, help="step of the checkpoint; the newest by default"
   )

@@ -3,22 +3,22 @@
     python -m jepa_jax.train --config experiments/quickstart.py --workdir DIR
 
 The same command goes on after a stop. Exit codes: 0 done, 2 something in the
-input is wrong, 75 stopped by a signal with everything saved.
+input is wrong, 69 another process of the run is gone, 75 stopped by a signal
+with everything saved.
 """
 
 import argparse
-import dataclasses
-import datetime
+from collections.abc import Iterable
 import json
 import math
 import pathlib
 import resource
-import signal
 import sys
 import time
 from typing import Any
 
 from jepa_jax import command
+from jepa_jax.training import distributed
 
 # What may differ between the starts of one run without changing its result.
 _FREE_KEYS = (
@@ -31,6 +31,7 @@ _FREE_KEYS = (
   "data.prefetch",
   "data.threads",
   "mesh.",
+  "profile.",
   "compute.scan",
   "compute.remat",
 )
@@ -66,30 +67,33 @@ def train_and_evaluate(
   workdir = pathlib.Path(workdir)
   config_lib.check(config)
   claim = describe(config)
-  check_workdir(claim, workdir)
-  config = evaluate.resolve(config)
-  program = program_lib.build(config, sharding.make_mesh(config.mesh))
-  log_every, save_every, evaluate_every = (
-    config_lib.steps(config, key)
-    for key in ("log_every", "checkpoint.every", "evaluate_every")
-  )
   unreadable = pipeline.Unreadable(config.data.max_unreadable)
-  open_data = lambda start: pipeline.train_dataset(
-    config,
-    start_step=start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    unreadable=unreadable,
+  with distributed.first_process_first("data"):
+    check_workdir(claim, workdir)
+    config = evaluate.resolve(config)
+    program = program_lib.build(config, sharding.make_mesh(config.mesh))
+    open_data = lambda start: pipeline.train_dataset(
+      config,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      unreadable=unreadable,
+    )
+    # What is wrong with any data shows here, not after hours of training.
+    dataset = open_data(0)
+    evaluate.check_data(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not jax.process_index():
+      text = json.dumps(claim, indent=2) + "\n"
+      (workdir / "config.json").write_text(text)
+  save_every, evaluate_every = (
+    config_lib.steps(config, key)
+    for key in ("checkpoint.every", "evaluate_every")
   )
-  # What is wrong with any data shows here, not after hours of training.
-  dataset = open_data(0)
-  evaluate.check_data(config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(json.dumps(claim, indent=2) + "\n")
   end = min(stop_at or program.total_steps, program.total_steps)
 
   with (
-    Stopper() as stopper,
+    distributed.Stopper() as stopper,
     checkpoints_lib.Checkpoints(
       workdir / "checkpoints", config.checkpoint
     ) as checkpoints,
@@ -111,98 +115,145 @@ def train_and_evaluate(
           which=config.init_which,
           strict=config.init_strict,
         )
-    step = start = int(state.step)
+    start = int(state.step)
     if start:
-      print(f"resuming from step {start}", file=sys.stderr)
       dataset = open_data(start)
-    run = Run(workdir, config, program, start)
+    run = log_lib.Run(workdir, program, start)
     with (
       log_lib.Log(workdir, start=start, total=program.total_steps) as log,
+      log_lib.Trace(workdir / "profile", config.profile) as trace,
       feed.Feed(
         dataset.as_numpy_iterator(),
         program.batch_spec,
         config.data.prefetch,
       ) as batches,
     ):
-      meter = Meter(config, batches)
-      while step < end and not stopper.stopped:
-        state, metrics, features = program.step(state, next(batches))
-        step += 1
-        meter.add(step, metrics)
-        log.step()
-        last = step == end or stopper.stopped
-        if step == start + 1 or step % max(1, log_every) == 0 or last:
-          row = meter.read(features)
-          log.write(step, row)
-          if warning := meter.warning(row):
-            log.say(f"step {step}: {warning}")
-          for line in meter.skipped(unreadable):
-            log.say(line)
-        if evaluate_every and step % evaluate_every == 0 and not last:
-          rows = evaluate.evaluate(program, state)
-          log.write(step, evaluate.scores(rows))
-          meter.check()
-          checkpoints.save(state, evaluate.best(rows, config))
-          meter.pause()
-        elif save_every and step % save_every == 0:
-          meter.check()
-          checkpoints.save(state)
-      # Also where a signal came after the loop had looked for it.
-      meter.check()
-      checkpoints.save(state)
-      checkpoints.wait()
-      run.write(step, meter)
-      if step < program.total_steps:
-        print(f"stopped and saved at step {step}", file=sys.stderr)
+      loop = Loop(program, state, batches, log, stopper, unreadable, end)
+      while loop.step < end and not stopper.stopped:
+        trace.at(loop.step, loop.state)
+        due = (save_every, evaluate_every)
+        loop.advance(_next_due(loop.step, due, (*trace.bounds, end)))
+        if loop.step == end or stopper.stopped:
+          break  # what is due then follows below
+        if evaluate_every and loop.step % evaluate_every == 0:
+          rows = evaluate.evaluate(program, loop.state)
+          log.write(loop.step, evaluate.scores(rows))
+          loop.meter.check()
+          checkpoints.save(loop.state, evaluate.best(rows, config))
+          loop.meter.pause()
+        elif save_every and loop.step % save_every == 0:
+          loop.meter.check()
+          checkpoints.save(loop.state)
+      loop.meter.check()
+      checkpoints.finish(loop.state)
+      run.write(loop.step, loop.meter.images_per_second)
+      if loop.step < program.total_steps:
+        log.say(f"stopped and saved at step {loop.step}")
         return command.EXIT_PREEMPTED
-      rows = evaluate.evaluate(program, state)
-      log.write(step, evaluate.scores(rows))
-    evaluate.report(program, state, rows, workdir)
+      rows = evaluate.evaluate(program, loop.state)
+      log.write(loop.step, evaluate.scores(rows))
+    evaluate.report(program, loop.state, rows, workdir)
+  distributed.barrier("done")
   return 0
 
 
-class Stopper:
-  """Notes SIGTERM and SIGINT, so that the loop ends after its step."""
+def _next_due(step: int, every: Iterable[int], at: Iterable[int]) -> int:
+  """The first step after `step` with something to do beside training."""
+  due = [(step // n + 1) * n for n in every if n]
+  return min([*due, *(n for n in at if n > step)])
 
-  def __init__(self):
-    self.stopped = False
 
-  def __enter__(self) -> "Stopper":
-    self._old = {
-      number: signal.signal(number, self._stop)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    return self
+class Loop:
+  """What happens at every step; the benchmark of the loop times the same.
 
-  def __exit__(self, *unused: Any) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+  Attributes:
+    state: the newest TrainState.
+    step: steps done.
+    meter: see Meter.
+  """
 
-  def _stop(self, number: int, frame: Any) -> None:
-    del frame
-    self.stopped = True
-    # A second signal ends the process as it would without us.
-    signal.signal(number, self._old[number])
+  def __init__(
+    self,
+    program: Any,
+    state: Any,
+    batches: Any,
+    log: Any,
+    stopper: Any,
+    unreadable: Any,
+    end: int,
+  ):
+    """Takes the parts of a run; nothing happens yet.
+
+    Args:
+      program: training.program.Program.
+      state: TrainState to start from.
+      batches: training.feed.Feed.
+      log: training.log.Log.
+      stopper: training.distributed.Stopper.
+      unreadable: data.pipeline.Unreadable.
+      end: step whose row is written in any case.
+    """
+    from jepa_jax import config as config_lib
+
+    self.state = state
+    self.step = self._start = int(state.step)
+    self.meter = Meter(program, batches, unreadable)
+    self._program = program
+    self._batches = batches
+    self._log = log
+    self._log_every = max(1, config_lib.steps(program.config, "log_every"))
+    self._stopper = stopper
+    self._end = end
+
+  def advance(self, until: int) -> None:
+    """Trains until that step is done, or until the stopper says so."""
+    while self.step < until and not self._stopper.stopped:
+      batch = next(self._batches)
+      self.state, metrics, features = self._program.step(self.state, batch)
+      self.step += 1
+      self.meter.add(self.step, metrics)
+      self._log.step()
+      if (
+        self._stopper.check(self.step)
+        or self.step in (self._start + 1, self._end)
+        or self.step % self._log_every == 0
+      ):
+        self._write(features)
+
+  def _write(self, features: Any) -> None:
+    row = self.meter.read(features)
+    self._log.write(self.step, row)
+    if warning := self.meter.warning(row):
+      self._log.say(f"step {self.step}: {warning}")
+    for line in self.meter.skipped():
+      self._log.say(line, everywhere=True)
 
 
 class Meter:
   """Collects the metrics of steps without waiting for the device."""
 
-  def __init__(self, config: Any, batches: Any):
+  def __init__(self, program: Any, batches: Any, unreadable: Any):
+    """Takes what it reads; see Loop."""
     import jax
 
     from jepa_jax.evaluation import collapse
+    from jepa_jax.training import chips, flops
 
-    self._config = config
+    self._config = program.config
     self._batches = batches
+    self._unreadable = unreadable
+    self._devices = program.mesh.size
+    chip = chips.find(program.mesh.devices.flat[0])
+    self._peak = chip and chip.bfloat16_flops * self._devices
+    self._flops = flops.step(program.objective, self._config.batch_size)
     self._losses: list[tuple[int, Any]] = []
     self._metrics: dict[str, Any] = {}
     self._named: set[str] = set()
     self._collapse = jax.jit(
       lambda features: collapse.collapse_metrics(features[:256])
     )
-    self.images = 0  # since the first step, which compiles
-    self.seconds = 0.0
+    self._images = 0  # since the first step, which compiles
+    self._seconds = 0.0
     self._since: float | None = None
     self._steps = 0
 
@@ -214,30 +265,41 @@ class Meter:
 
   def check(self) -> None:
     """Raises FloatingPointError at a loss that is not finite."""
+    import jax
+
+    # All at once: one wait for the device, not one a step.
+    self._losses = jax.device_get(self._losses)
     for step, loss in self._losses:
-      if not math.isfinite(float(loss)):
+      if not math.isfinite(loss):
         raise FloatingPointError(
-          f"the loss of step {step} is {float(loss)}; the last checkpoint "
+          f"the loss of step {step} is {loss}; the last checkpoint "
           "is of a step before it. Try a lower optimizer.lr, a longer "
           "optimizer.warmup or optimizer.clip_norm=1."
         )
 
   def read(self, features: Any) -> dict[str, float]:
     """The row of the log since the last call; waits for the device."""
+    import jax
+
+    collapse = self._collapse(features)
     self.check()
+    row = jax.device_get(self._metrics | collapse)
+    row = {name: float(value) for name, value in row.items()}
     losses = [float(loss) for _, loss in self._losses]
-    row = {name: float(value) for name, value in self._metrics.items()}
     row["loss"] = sum(losses) / len(losses)
-    row |= {k: float(v) for k, v in self._collapse(features).items()}
     now = time.perf_counter()
     if self._since is not None:
       seconds = now - self._since
       images = self._steps * self._config.batch_size
       row["step_seconds"] = seconds / self._steps
       row["images_per_second"] = images / seconds
+      row["images_per_second_per_chip"] = images / seconds / self._devices
+      if self._peak and self._flops:  # no peak is known of a CPU
+        done = self._flops * self._steps / seconds
+        row["model_flops_utilisation"] = done / self._peak
       row["data_wait_seconds"] = self._batches.wait_seconds / self._steps
-      self.images += images
-      self.seconds += seconds
+      self._images += images
+      self._seconds += seconds
     # The pipeline's share too: it lives in this process. Linux counts in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row["host_memory_gib"] = peak / (
@@ -245,6 +307,11 @@ class Meter:
     )
     self.pause()
     return row
+
+  @property
+  def images_per_second(self) -> float | None:
+    """Of the whole run, compilation left out; None before the second row."""
+    return self._images / self._seconds if self._seconds else None
 
   def pause(self) -> None:
     """Starts the clock anew, after work that is not training."""
@@ -259,71 +326,13 @@ class Meter:
 
     return collapse.collapse_warning(row, self._config.collapse.to_dict())
 
-  def skipped(self, unreadable: Any) -> list[str]:
+  def skipped(self) -> list[str]:
     """A line for every image that was skipped since the last call."""
-    unreadable.check()
-    new = {k: v for k, v in unreadable.reasons.items() if k not in self._named}
+    self._unreadable.check()
+    reasons = self._unreadable.reasons
+    new = {k: v for k, v in reasons.items() if k not in self._named}
     self._named |= set(new)
     return [f"skipped unreadable image {k}: {v}" for k, v in new.items()]
-
-
-class Run:
-  """What the report says of a run beside its metrics, kept in run.json."""
-
-  def __init__(
-    self, workdir: pathlib.Path, config: Any, program: Any, start: int
-  ):
-    self._path = workdir / "run.json"
-    self._config = config
-    self._program = program
-    self._begun = time.perf_counter()
-    self._masks = getattr(program.objective, "shapes", None)
-    if self._masks is not None:
-      m = self._masks
-      print(
-        f"masks: {m.num_contexts} x {m.context_patches} context patches "
-        f"({m.context_padding:.1%} padding), {m.num_targets} x "
-        f"{m.target_patches} target patches ({m.target_padding:.1%})",
-        file=sys.stderr,
-      )
-    now = datetime.datetime.now().astimezone()
-    self._started = now.isoformat(timespec="seconds")
-    self._before: dict[str, Any] = {}
-    if start and self._path.exists():
-      self._before = json.loads(self._path.read_text())
-
-  def write(self, step: int, meter: Meter) -> None:
-    """Writes the file; times add up over the starts of the run."""
-    import importlib.metadata
-
-    import jax
-
-    if jax.process_index():
-      return
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    sizes = {
-      name: sum(leaf.size for leaf in jax.tree.leaves(part))
-      for name, part in self._program.state_spec.params.items()
-    }
-    device = self._program.mesh.devices.flat[0]
-    seconds = time.perf_counter() - self._begun
-    record = {
-      "command": " ".join(sys.argv),
-      "started": self._before.get("started", self._started),
-      "device": device.device_kind,
-      "devices": self._program.mesh.size,
-      "processes": jax.process_count(),
-      "steps": step,
-      "seconds": round(seconds + self._before.get("seconds", 0.0), 1),
-      "images_per_second": round(meter.images / meter.seconds, 1)
-      if meter.seconds
-      else self._before.get("images_per_second"),
-      "parameters": sizes,
-      "masks": self._masks and dataclasses.asdict(self._masks),
-      "packages": {name: importlib.metadata.version(name) for name in packages},
-      "python": sys.version.split()[0],
-    }
-    self._path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def describe(config: Any) -> dict[str, Any]:
@@ -371,6 +380,7 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   command.add_config_flag(flags)
+  distributed.add_flags(flags)
   flags.add_argument(
     "--workdir",
     required=True,

@@ -17,7 +17,7 @@ import pytest
 from jepa_jax import bench, command
 from jepa_jax import config as config_lib
 from jepa_jax.bench import __main__ as bench_main
-from jepa_jax.bench import data, masks, pil, step
+from jepa_jax.bench import data, loop, masks, pil, step
 from jepa_jax.objectives import ijepa
 from jepa_jax.training import flops
 
@@ -159,6 +159,17 @@ def test_step_gives_the_row_and_a_trace(config, tmp_path):
     / row["peak_flops_per_second"]
   )
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+  json.dumps(row)
+
+
+def test_loop_is_timed_beside_its_bare_steps(config):
+  config.encoder.depth, config.predictor.depth = 2, 1
+  (row,) = loop.measure(config.lock(), rounds=1)
+  assert row["steps"] == 2 and row["rows_written"] == 1
+  assert row["loop_share"] == pytest.approx(
+    row["loop_images_per_second"] / row["bare_images_per_second"]
+  )
+  assert positive([row], "loop_share", "loop_share_of_cpu")
   json.dumps(row)
 
 

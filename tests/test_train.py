@@ -1,5 +1,6 @@
 """Whole runs of the command's function: resume, stop, report, misuse."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import pytest
 
 from jepa_jax import command, evaluate, train
 from jepa_jax import config as config_lib
-from jepa_jax.training import checkpoints, sharding
+from jepa_jax.objectives import ijepa
+from jepa_jax.training import checkpoints, chips, flops, log, sharding
 from jepa_jax.training import program as program_lib
 
 
@@ -38,18 +40,35 @@ def metrics(workdir):
 
 
 def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
-  run_config, tmp_path
+  run_config, tmp_path, stop_at=3, end=6
 ):
   whole, halves = tmp_path / "whole", tmp_path / "halves"
   assert train.train_and_evaluate(run_config, whole) == 0
-  code = train.train_and_evaluate(run_config, halves, stop_at=3)
+  code = train.train_and_evaluate(run_config, halves, stop_at=stop_at)
   assert code == command.EXIT_PREEMPTED
   assert train.train_and_evaluate(run_config, halves) == 0
   a, b = (final_params(run_config, d) for d in (whole, halves))
-  assert int(a.step) == int(b.step) == 6
+  assert int(a.step) == int(b.step) == end
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
     np.testing.assert_array_equal(x, y)
-  assert metrics(whole)[6]["loss"] == metrics(halves)[6]["loss"]
+  assert metrics(whole)[end]["loss"] == metrics(halves)[end]["loss"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_stopped_at_step_60_of_120_ends_in_the_same_bits(
+  tmp_path, scenes_dir
+):
+  config = command.load_config(
+    "experiments/quickstart.py",
+    ["--config.total=120 steps", "--config.data.num_scenes=(256, 16)"],
+  ).unlock()
+  config.data.num_examples = 256
+  config.data.data_dir = scenes_dir
+  config.batch_size = 16
+  config.evaluations = {}
+  test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
+    config, tmp_path, stop_at=60, end=120
+  )
 
 
 def test_same_seed_same_losses_other_seed_others(run_config, tmp_path):
@@ -150,6 +169,124 @@ def test_a_half_written_checkpoint_is_ignored(run_config, tmp_path):
   code = train.train_and_evaluate(run_config, tmp_path, stop_at=3)
   assert code == command.EXIT_PREEMPTED
   assert not half.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 24 MB that can be filled and emptied."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("mounting a disk of its own needs root")
+
+  class Disk:
+    path = disk
+
+    def fill(self):
+      with (disk / "ballast").open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+          while file.write(bytes(1 << 16)):
+            pass
+
+    def empty(self):
+      (disk / "ballast").unlink()
+
+  yield Disk
+  subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_does_not_stop_training(
+  run_config, small_disk, monkeypatch, caplog, capfd
+):
+  disk, workdir = small_disk(), small_disk.path / "run"
+  run_config.log_every = "1 steps"
+  write = log.Log.write
+
+  def write_and_fill(self, step, row):
+    # Full from step 1 to step 3: checkpoint 2 is due in between.
+    if step == 1:
+      disk.fill()
+    write(self, step, row)
+    if step == 3:
+      disk.empty()
+
+  monkeypatch.setattr(log.Log, "write", write_and_fill)
+  code = train.train_and_evaluate(run_config, workdir, stop_at=5)
+  assert code == command.EXIT_PREEMPTED
+  assert "checkpoint 2 could not be saved" in caplog.text
+  assert "training goes on" in caplog.text
+  assert "the log cannot be written" in capfd.readouterr().err
+  folders = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+  assert folders == ["4", "5"]  # nothing is left of 2
+  assert sorted(metrics(workdir)) == [1, 2, 3, 4, 5]
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
+  run_config, small_disk, monkeypatch
+):
+  disk, workdir = small_disk(), small_disk.path / "run"
+  finish = checkpoints.Checkpoints.finish
+
+  def fill_and_finish(self, state):
+    self.wait()
+    disk.fill()
+    finish(self, state)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, "finish", fill_and_finish)
+  with pytest.raises(ValueError, match="step 3 could not be saved.*from.*2"):
+    train.train_and_evaluate(run_config, workdir, stop_at=3)
+
+
+def test_a_trace_of_the_steps_that_the_config_names(run_config, tmp_path):
+  run_config.profile.start, run_config.profile.steps = 1, 2
+  train.train_and_evaluate(run_config, tmp_path, stop_at=4)
+  traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+  assert len(traces) == 1
+  data = jax.profiler.ProfileData.from_file(str(traces[0]))
+  calls = [
+    [event.name for event in line.events].count("PjitFunction(step)")
+    for plane in data.planes
+    for line in plane.lines
+  ]
+  assert max(calls) == 2, calls
+
+
+def test_utilisation_is_of_a_known_peak_and_left_out_on_a_cpu(
+  run_config, tmp_path, monkeypatch
+):
+  train.train_and_evaluate(run_config, tmp_path / "cpu", stop_at=2)
+  row = metrics(tmp_path / "cpu")[2]
+  assert row["images_per_second_per_chip"] == row["images_per_second"]
+  assert "model_flops_utilisation" not in row
+  chip = chips.Chip("test", ".*", 1e9, "")
+  monkeypatch.setattr(chips, "find", lambda device: chip)
+  train.train_and_evaluate(run_config, tmp_path / "chip", stop_at=2)
+  row = metrics(tmp_path / "chip")[2]
+  objective = ijepa.IJEPA.from_config(run_config)
+  assert row["model_flops_utilisation"] == pytest.approx(
+    flops.step(objective, 1) * row["images_per_second"] / 1e9
+  )
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("TPU v4", "TPU v4"),
+    ("TPU v5 lite", "TPU v5e"),
+    ("TPU v5", "TPU v5p"),
+    ("TPU v6 lite", "TPU v6e"),
+    ("TPU7x", "TPU7x"),
+    ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+    ("NVIDIA H100 PCIe", "H100 PCIe"),
+    ("NVIDIA A100-SXM4-80GB", "A100"),
+    ("cpu", None),
+    ("NVIDIA L40", None),
+  ],
+)
+def test_chips_are_known_by_their_kind(kind, name):
+  chip = chips.find(type("Device", (), {"device_kind": kind}))
+  assert (chip and chip.name) == name
 
 
 def test_a_run_may_start_from_the_weights_of_another(run_config, tmp_path):

@@ -1,8 +1,9 @@
-"""Times the masks, the input pipeline or the train step of this machine.
+"""Times masks, input pipeline, train step or train loop on this machine.
 
     python -m jepa_jax.bench masks [--json]
     python -m jepa_jax.bench data [--config F:variant] [--resume] [--files N]
     python -m jepa_jax.bench step --config F:variant [--json]
+    python -m jepa_jax.bench loop --config F:variant [--json]
 
 What is compared runs in turns, several rounds; the numbers are medians over the
 rounds. Other work on the machine still falsifies them.

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from jepa_jax import bench, command
-from jepa_jax.bench import data, masks, step
+from jepa_jax.bench import data, loop, masks, step
 
 
 def use_cores(count: int) -> int:
@@ -56,15 +56,21 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def parser(what: str) -> argparse.ArgumentParser:
-  """The flags of one benchmark, of "masks", "data" or "step"."""
+  """The flags of one benchmark, of "masks", "data", "step" or "loop"."""
   flags = argparse.ArgumentParser(
     prog="python -m jepa_jax.bench",
     description=bench.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument("what", choices=("masks", "data", "step"))
+  flags.add_argument("what", choices=("masks", "data", "step", "loop"))
   flags.add_argument("--json", action="store_true", help="a JSON list of rows")
   flags.add_argument("--rounds", type=int, default=5)
+  if what == "loop":
+    command.add_config_flag(flags)
+    flags.add_argument(
+      "--steps", type=int, default=0, help="a round; 0: as many as a log row"
+    )
+    return flags
   if what == "step":
     command.add_config_flag(flags)
     flags.add_argument("--steps", type=int, default=4, help="a round")
@@ -118,7 +124,8 @@ def parser(what: str) -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
-  for key in ("rounds", "steps", "images", "batch_size"):
+  keys = ("rounds", "images", "batch_size")
+  for key in keys if arguments.what == "loop" else (*keys, "steps"):
     if getattr(arguments, key, 1) < 1:
       raise ValueError(f"--{key} is {getattr(arguments, key)}; at least 1.")
   if arguments.what == "masks":
@@ -136,6 +143,10 @@ def main(arguments: argparse.Namespace) -> int:
       rounds=arguments.rounds,
       steps=arguments.steps,
       profile=arguments.profile,
+    )
+  elif arguments.what == "loop":
+    rows = loop.measure(
+      arguments.config, rounds=arguments.rounds, steps=arguments.steps
     )
   else:
     cores = use_cores(arguments.cores)

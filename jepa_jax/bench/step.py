@@ -31,14 +31,10 @@ def measure(
   """
   import jax
 
-  from jepa_jax import config as config_lib
   from jepa_jax.training import flops, sharding
   from jepa_jax.training import program as program_lib
 
-  config = config.copy_and_resolve_references()
-  if config_lib.needs_num_examples(config):
-    with config.unlocked():
-      config.data.num_examples = _EPOCH  # sets the schedules' length alone
+  config = with_epoch(config)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   state = program.init(config.seed)
   batch = synthetic_batch(program.batch_spec)
@@ -91,8 +87,19 @@ def measure(
   return [row]
 
 
-def synthetic_batch(spec: dict[str, Any]) -> dict[str, Any]:
-  """A batch of the shapes, types and shardings of Program.batch_spec.
+def with_epoch(config: Any) -> Any:
+  """A copy of a config that knows some size of an epoch."""
+  from jepa_jax import config as config_lib
+
+  config = config.copy_and_resolve_references()
+  if config_lib.needs_num_examples(config):
+    with config.unlocked():
+      config.data.num_examples = _EPOCH  # sets the schedules' length alone
+  return config
+
+
+def host_batch(spec: dict[str, Any]) -> dict[str, np.ndarray]:
+  """This process's share of a batch of Program.batch_spec.
 
   Bytes are random, floats normal, validities true; integers count along the
   last axis, so that they are legal patch ids.
@@ -112,13 +119,22 @@ def synthetic_batch(spec: dict[str, Any]) -> dict[str, Any]:
       return np.broadcast_to(count, s.shape)
     return rng.normal(size=s.shape).astype(s.dtype)
 
-  batch = {}
-  for name, s in spec.items():
-    host = values(s)
-    batch[name] = jax.make_array_from_callback(
-      s.shape, s.sharding, lambda index: host[index]
+  share = lambda s: jax.ShapeDtypeStruct(
+    (s.shape[0] // jax.process_count(), *s.shape[1:]), s.dtype
+  )
+  return {name: values(share(s)) for name, s in spec.items()}
+
+
+def synthetic_batch(spec: dict[str, Any]) -> dict[str, Any]:
+  """As host_batch, laid out on the devices."""
+  import jax
+
+  return {
+    name: jax.make_array_from_process_local_data(
+      spec[name].sharding, values, spec[name].shape
     )
-  return batch
+    for name, values in host_batch(spec).items()
+  }
 
 
 class _MatrixPeak:

@@ -226,33 +226,46 @@ def evaluation_dataset(
   batch_size: int,
   label: str | None = None,
   split: str | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
   unreadable: Unreadable | None = None,
 ) -> tf.data.Dataset:
   """Every image of a split once, in order, cut to its central square.
 
+  A process reads its contiguous share of every global batch.
+
   Args:
     config: config.data.
-    batch_size: images a batch; the last one is padded.
+    batch_size: images a global batch; the last one is padded.
     label: name of a label of `scenes.LABELS`, or of a scalar feature; None for
       no labels.
     split: in place of config.split.
+    process_index: of this process.
+    process_count: number of processes; must divide the batch size.
     unreadable: where to count images that are skipped.
 
   Returns:
-    Batches {image uint8 [B, H, W, C], label [B, ...], valid bool [B]}. Padding,
-    and what cannot be read, has valid False.
+    Batches {image uint8 [B, H, W, C], label [B, ...], valid bool [B]}, B being
+    this process's share. Padding, and what cannot be read, has valid False.
 
   Raises:
-    ValueError: source or label that cannot be had.
+    ValueError: source, label or share that cannot be had.
   """
   source = sources.open_source(config, split)
   label_of = None if label is None else _label_function(label)
   if unreadable is None:
     unreadable = Unreadable(config.max_unreadable)
   count = len(source)
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch size {batch_size} does not divide by {process_count}"
+      " processes; use a multiple"
+    )
+  share = batch_size // process_count
+  offsets = process_index * share + np.arange(share)
 
   def plan(start):
-    place = start + np.arange(batch_size)
+    place = start + offsets
     index = np.minimum(place, count - 1)  # the last image pads its batch
     records = source.read(index)
     encoded, sizes, orientations = _headers(source.images(records))
@@ -280,11 +293,11 @@ def evaluation_dataset(
     return {"label": label_of(source.features(record, example["index"]))}
 
   spec = {
-    "record": tf.TensorSpec([batch_size], tf.string),
-    "valid": tf.TensorSpec([batch_size], tf.bool),
+    "record": tf.TensorSpec([share], tf.string),
+    "valid": tf.TensorSpec([share], tf.bool),
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
-  dataset = _decoded(starts, plan, spec, source, config, batch_size, features)
+  dataset = _decoded(starts, plan, spec, source, config, share, features)
   return _finish(dataset.map(_plain(finish)), config)
 
 

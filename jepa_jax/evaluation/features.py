@@ -17,6 +17,7 @@ def extract(
   encode: Callable[[np.ndarray], Any],
   dataset: Iterable[Mapping[str, Any]],
   *,
+  gather: Callable[[Any], np.ndarray] = np.asarray,
   total: int | None = None,
   description: str = "features",
   progress: bool = True,
@@ -32,6 +33,8 @@ def extract(
     dataset: batches {"image": uint8 [B, H, W, C], "label": [B] or [B, ...],
       "valid": bool [B]} as arrays, or a tf.data.Dataset of them. Rows that are
       not valid (padding of the last batch) are dropped; no "valid" keeps all.
+    gather: the rows of all processes from those of this one, or from a global
+      array; called alike by all of them. B counts this process's rows.
     total: images in the data set, for the progress bar alone.
     description: what the progress bar says.
     progress: whether there is a progress bar.
@@ -52,16 +55,19 @@ def extract(
   )
 
   def collect(encoded, batch):
-    encoded = np.asarray(encoded, np.float32)
-    rows = len(batch["image"])
+    encoded = np.asarray(gather(encoded), np.float32)
+    label = gather(batch["label"])
+    rows = len(label)
     if encoded.ndim != 2 or len(encoded) != rows:
       raise ValueError(
         f"encode returned shape {encoded.shape} for {rows} images; it needs "
         f"[{rows}, features]: average over the patches."
       )
-    valid = np.asarray(batch.get("valid", np.ones(rows, bool)), bool)
+    valid = np.ones(rows, bool)
+    if "valid" in batch:
+      valid = np.asarray(gather(batch["valid"]), bool)
     features.append(encoded[valid])
-    labels.append(np.asarray(batch["label"])[valid])
+    labels.append(label[valid])
     bar.update(int(valid.sum()))
 
   with bar:

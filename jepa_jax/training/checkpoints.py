@@ -4,22 +4,28 @@ The position of the data is the step, since order is a function of it; so the
 state is all that a checkpoint holds.
 """
 
+import contextlib
 import pathlib
 from typing import Any
 
 from absl import logging
+import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jepa_jax.training import distributed
 from jepa_jax.training import program as program_lib
+
+_HALF = "*.orbax-checkpoint-tmp*"  # names that Orbax gives while it writes
 
 
 class Checkpoints:
   """The checkpoints in a folder.
 
   A kill while saving leaves a folder with a temporary name, which the next
-  start removes; what has its final name is whole.
+  start names and removes; what has its final name is whole. With several
+  processes, all of them open the same folder and call the same methods.
   """
 
   def __init__(
@@ -34,9 +40,22 @@ class Checkpoints:
       settings: config.checkpoint; None opens it for reading alone.
     """
     self._folder = pathlib.Path(folder).resolve()
-    policies: list[Any] = []
+    self._settings = settings
     if settings is not None:
       self._folder.mkdir(parents=True, exist_ok=True)
+    elif not self._folder.is_dir():
+      raise ValueError(f"no checkpoints in {self._folder}.")
+    if settings is not None and not jax.process_index():
+      for half in self._folder.glob(_HALF):
+        logging.warning("half-written checkpoint %s is ignored", half.name)
+    self._saving: int | None = None  # step that is not known to be on disk
+    self._broken = False  # whether the last save has failed
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    settings = self._settings
+    policies: list[Any] = []
+    if settings is not None:
       policies.append(preservation_policy.LatestN(settings.keep))
       if settings.keep_best:
         policies.append(
@@ -46,9 +65,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
           )
         )
-    elif not self._folder.is_dir():
-      raise ValueError(f"no checkpoints in {self._folder}.")
-    self._manager = ocp.CheckpointManager(
+    return ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies)
@@ -56,41 +73,113 @@ class Checkpoints:
         else None,
         read_only=settings is None,
         cleanup_tmp_directories=settings is not None,
+        create=False,
+        # Barriers by the coordinator: the default is a collective of the
+        # devices, which would get between those of the steps.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes=set(range(jax.process_count()))
+        )
+        if distributed.active()
+        else ocp.options.MultiprocessingOptions(),
       ),
     )
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *unused: Any) -> None:
-    self._manager.close()
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    if error is None or not distributed.lost(error):
+      self.wait()
+      if not self._broken:
+        self._manager.close()
 
   def save(
     self, state: program_lib.TrainState, score: float | None = None
   ) -> None:
     """Starts saving a state and returns once it is copied off the device.
 
+    Where it fails, as on a full disk, a warning says so and training may go
+    on: the next call tries again with the state of then.
+
     Args:
       state: what to save; a step that is there already is not saved again.
       score: what keep_best compares, larger is better.
     """
     step = int(state.step)
+    self.wait()
+    if not distributed.agree(not self._broken):
+      # After a failure Orbax fails once more, for what it still has in hand.
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      self._manager = self._open()  # removes what is there of the last one
+      self._broken = False
     if step in self._manager.all_steps():
       return
-    self._manager.save(
+    self._saving = step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+        metrics=None if score is None else {"score": score},
+        force=True,
+      )
+    except Exception as error:  # Orbax and tensorstore raise many kinds.
+      self._warn(error)
+
+  def wait(self) -> bool:
+    """Waits for a save under way; whether it came to be on disk."""
+    if self._saving is not None:
+      try:
+        self._manager.wait_until_finished()
+      except Exception as error:  # Of the thread that writes: many kinds.
+        self._warn(error)
+        return False
+      self._saving = None
+    return True
+
+  def _warn(self, error: Exception) -> None:
+    step, self._saving, self._broken = self._saving, None, True
+    logging.error(
+      "checkpoint %s could not be saved (%s: %.300s); training goes on and "
+      "tries again at the next one",
       step,
-      args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
-      metrics=None if score is None else {"score": score},
-      force=True,
+      type(error).__name__,
+      " ".join(str(error).split()),
     )
 
-  def wait(self) -> None:
-    """Returns when everything is on disk."""
-    self._manager.wait_until_finished()
+  def finish(self, state: program_lib.TrainState) -> None:
+    """Saves a state and returns when it is on disk.
+
+    Raises:
+      ValueError: it cannot be saved.
+    """
+    step = int(state.step)
+    self.save(state)
+    if not self.wait() or step not in self._manager.all_steps():
+      kept = ", ".join(map(str, self.steps())) or "none"
+      raise ValueError(
+        f"step {step} could not be saved in {self._folder}, see above; make "
+        f"room and start again: it goes on from a checkpoint there ({kept})."
+      )
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, ascending."""
     return sorted(self._manager.all_steps())
+
+  def _reader(self) -> ocp.CheckpointManager:
+    # Each process reads its own shards by itself: where one finds damage, the
+    # others are not to wait for it.
+    me = jax.process_index()
+    return ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        read_only=True,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=me, active_processes={me}
+        ),
+      ),
+    )
 
   def restore(
     self, spec: program_lib.TrainState, step: int | None = None
@@ -115,14 +204,15 @@ class Checkpoints:
         f"{', '.join(map(str, steps)) or 'none'}."
       )
     wanted = [step] if step is not None else steps[::-1]
+    reader = self._reader() if distributed.active() else self._manager
     for candidate in wanted:
       try:
-        restored = self._manager.restore(
+        restored = reader.restore(
           candidate,
           args=ocp.args.Composite(state=ocp.args.StandardRestore(spec)),
         )
-        return restored["state"]
       except Exception as error:  # Orbax raises many kinds for damaged files.
+        restored = None
         logging.error(
           "checkpoint %s of %s cannot be read (%s: %s); trying the one "
           "before it",
@@ -131,6 +221,9 @@ class Checkpoints:
           type(error).__name__,
           str(error).splitlines()[0] if str(error) else "",
         )
+      # Damage may lie in what one process reads and not in what another does.
+      if distributed.agree(restored is not None):
+        return restored["state"]
     if wanted:
       raise ValueError(
         f"none of the checkpoints {', '.join(map(str, wanted))} in "

@@ -1,36 +1,52 @@
-"""The log of a run: a progress bar, a JSON line and TensorBoard events."""
+"""What a run writes of itself: metrics, how it was run, and a trace."""
 
+import dataclasses
+import datetime
+import importlib.metadata
 import json
 import math
 import pathlib
 import sys
+import time
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
+
+_FLUSH_SECONDS = 10  # between two waits for the disk
 
 
 class Log:
   """Writes metrics into a workdir; processes but the first write nothing."""
 
-  def __init__(self, workdir: pathlib.Path, *, start: int, total: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    start: int,
+    total: int,
+    quiet: bool = False,
+  ):
     """Opens the log.
 
     Args:
       workdir: metrics.jsonl and tensorboard/ go there, appended to.
       start: step of the run that this process begins with.
       total: steps of the run.
+      quiet: whether to show nothing of the rows.
     """
     self._active = jax.process_index() == 0
     self._total = total
+    self._quiet = quiet
     # A bar that nobody watches would fill a file with half-drawn lines.
     self._bar = tqdm.tqdm(
       initial=start,
       total=total,
       unit="step",
       dynamic_ncols=True,
-      disable=not (self._active and sys.stderr.isatty()),
+      disable=quiet or not (self._active and sys.stderr.isatty()),
     )
     if not self._active:
       return
@@ -40,7 +56,13 @@ class Log:
     self._file = path.open("a", encoding="utf-8")
     if cut:  # A kill may have cut the last line short.
       self._file.write("\n")
-    self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    # Not SummaryWriter: its thread dies of a full disk, and then add_scalar
+    # waits for it for ever.
+    self._events = event_file_writer.EventsWriter(str(folder / "events"))
+    self._flushed = -math.inf
+    self._failing = False
 
   def __enter__(self) -> "Log":
     return self
@@ -48,8 +70,11 @@ class Log:
   def __exit__(self, *unused: Any) -> None:
     self._bar.close()
     if self._active:
-      self._file.close()
-      self._events.close()
+      for writer in (self._file, self._events):
+        try:
+          writer.close()
+        except OSError as error:
+          self._complain(error)
 
   def step(self) -> None:
     """Moves the bar on by a step."""
@@ -64,14 +89,11 @@ class Log:
     """
     if not self._active or not metrics:
       return
-    row = {
-      name: value if math.isfinite(value) else None
-      for name, value in metrics.items()
-    }
-    self._file.write(json.dumps({"step": step, **row}) + "\n")
-    self._file.flush()
-    for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+    try:
+      self._write(step, metrics)
+      self._failing = False
+    except OSError as error:
+      self._complain(error)
     shown = {
       name: f"{metrics[name]:.4g}"
       for name in ("loss", "images_per_second", "data_wait_seconds")
@@ -79,11 +101,146 @@ class Log:
     }
     if shown:
       self._bar.set_postfix(shown)
-    if shown and self._bar.disable:
+    if shown and self._bar.disable and not self._quiet:
       text = ", ".join(f"{k} {v}" for k, v in shown.items())
       print(f"step {step} of {self._total}: {text}", flush=True)
 
-  def say(self, text: str) -> None:
-    """Prints a line without tearing the bar."""
+  def _write(self, step: int, metrics: dict[str, float]) -> None:
+    row = {
+      name: value if math.isfinite(value) else None
+      for name, value in metrics.items()
+    }
+    self._file.write(json.dumps({"step": step, **row}) + "\n")
+    now = time.time()
+    values = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      for name, value in metrics.items()
+    ]
+    self._events.write_event(
+      event_pb2.Event(
+        wall_time=now, step=step, summary=summary_pb2.Summary(value=values)
+      )
+    )
+    self._file.flush()
+    if now > self._flushed + _FLUSH_SECONDS:  # waits for the disk
+      self._events.flush()
+      self._flushed = now
+
+  def _complain(self, error: OSError) -> None:
+    # What could not be written waits in memory for the next row.
+    if not self._failing:
+      self.say(f"the log cannot be written ({error}); training goes on")
+    self._failing = True
+
+  def say(self, text: str, *, everywhere: bool = False) -> None:
+    """Prints a line without tearing the bar.
+
+    Args:
+      text: the line.
+      everywhere: whether processes but the first say it too, of themselves.
+    """
     if self._active:
       self._bar.write(text, file=sys.stderr)
+    elif everywhere:
+      print(f"process {jax.process_index()}: {text}", file=sys.stderr)
+
+
+class Trace:
+  """A profile of some steps of process 0, for xprof and TensorBoard.
+
+  Attributes:
+    bounds: steps at which `at` is to be called.
+  """
+
+  def __init__(self, folder: pathlib.Path, settings: Any):
+    """Takes config.profile; nothing happens yet."""
+    self._folder = folder
+    self._running = False
+    self.bounds: tuple[int, ...] = ()
+    if settings.start and settings.steps and not jax.process_index():
+      self.bounds = (settings.start, settings.start + settings.steps)
+
+  def __enter__(self) -> "Trace":
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self._stop()
+
+  def at(self, step: int, state: Any) -> None:
+    """Begins or ends the trace if that is due when `step` steps are done."""
+    if step not in self.bounds:
+      return
+    jax.block_until_ready(state)  # the trace holds whole steps
+    if step == self.bounds[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+    else:
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+
+class Run:
+  """What the report says of a run beside its metrics, kept in run.json."""
+
+  def __init__(self, workdir: pathlib.Path, program: Any, start: int):
+    """Begins the account of this start of the run.
+
+    Args:
+      workdir: of the run.
+      program: program.Program.
+      start: step of the run that this process begins with.
+    """
+    self._path = workdir / "run.json"
+    self._program = program
+    self._begun = time.perf_counter()
+    self._masks = getattr(program.objective, "shapes", None)
+    if jax.process_index():
+      return
+    if start:
+      print(f"resuming from step {start}", file=sys.stderr)
+    if self._masks is not None:
+      m = self._masks
+      print(
+        f"masks: {m.num_contexts} x {m.context_patches} context patches "
+        f"({m.context_padding:.1%} padding), {m.num_targets} x "
+        f"{m.target_patches} target patches ({m.target_padding:.1%})",
+        file=sys.stderr,
+      )
+    now = datetime.datetime.now().astimezone()
+    self._started = now.isoformat(timespec="seconds")
+    self._before: dict[str, Any] = {}
+    if start and self._path.exists():
+      self._before = json.loads(self._path.read_text())
+
+  def write(self, step: int, images_per_second: float | None) -> None:
+    """Writes the file; times add up over the starts of the run."""
+    if jax.process_index():
+      return
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    sizes = {
+      name: sum(leaf.size for leaf in jax.tree.leaves(part))
+      for name, part in self._program.state_spec.params.items()
+    }
+    device = self._program.mesh.devices.flat[0]
+    seconds = time.perf_counter() - self._begun
+    record = {
+      "command": " ".join(sys.argv),
+      "started": self._before.get("started", self._started),
+      "device": device.device_kind,
+      "devices": self._program.mesh.size,
+      "processes": jax.process_count(),
+      "steps": step,
+      "seconds": round(seconds + self._before.get("seconds", 0.0), 1),
+      "images_per_second": round(images_per_second, 1)
+      if images_per_second
+      else self._before.get("images_per_second"),
+      "parameters": sizes,
+      "masks": self._masks and dataclasses.asdict(self._masks),
+      "packages": {name: importlib.metadata.version(name) for name in packages},
+      "python": sys.version.split()[0],
+    }
+    self._path.write_text(json.dumps(record, indent=2) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import ml_collections
 import optax
 
@@ -102,7 +102,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
 
   state_shapes = jax.eval_shape(init, jax.random.key(0))
   shardings = sharding.state_shardings(state_shapes, mesh)
-  replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+  replicated = sharding.replicated(mesh)
   split = sharding.batch_sharding(mesh)
   jit_init = jax.jit(init, out_shardings=shardings)
   step = jax.jit(

@@ -56,6 +56,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
   """A sharding for every leaf of a state, by RULES.
 

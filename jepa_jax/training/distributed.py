@@ -1,0 +1,261 @@
+"""Many processes as one run: how they meet, stop together and lose each other.
+
+Each process reads its share of every batch and takes part in every step;
+process 0 alone writes logs and results.
+"""
+
+import argparse
+from collections.abc import Iterator
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+EXIT_LOST = 69  # EX_UNAVAILABLE: another process is gone; start all again
+
+HEARTBEAT_SECONDS = 30  # without a sign of life, a process counts as lost
+_BARRIER_SECONDS = 24 * 3600  # process 0 may have a data set to prepare
+
+_LOST = re.compile(
+  "gloo|nccl|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|"
+  "(closed|reset) by peer",
+  re.IGNORECASE,
+)
+_said = threading.Lock()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say how a run is spread over processes."""
+  group = parser.add_argument_group(
+    "several processes", "found out on TPU pods and under SLURM or Open MPI"
+  )
+  group.add_argument(
+    "--processes",
+    type=int,
+    default=1,
+    metavar="N",
+    help="start N processes on the CPU of this machine",
+  )
+  group.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="process 0's host, and a port that is free there",
+  )
+  group.add_argument(
+    "--num_processes", type=int, metavar="N", help="1: run alone"
+  )
+  group.add_argument("--process_id", type=int, metavar="I", help="from 0")
+
+
+def join(flags: argparse.Namespace) -> None:
+  """Joins the processes of the run, if it has several.
+
+  To be called before JAX touches a device. Afterwards a process that is gone
+  ends the others with one line and EXIT_LOST.
+
+  Args:
+    flags: of `add_flags`; what they leave open, JAX finds out from the
+      environment of TPU pods, SLURM, Open MPI and Kubernetes.
+
+  Raises:
+    ValueError: flags that do not fit together.
+  """
+  given = (flags.coordinator, flags.num_processes, flags.process_id)
+  if flags.num_processes == 1:
+    return
+  if any(x is not None for x in given) and None in given:
+    raise ValueError(
+      f"got --coordinator {given[0]}, --num_processes {given[1]}, "
+      f"--process_id {given[2]}; give all three, or none."
+    )
+  if given[1] is not None and not 0 <= given[2] < given[1]:
+    raise ValueError(
+      f"--process_id is {given[2]} of {given[1]} processes; give 0 to "
+      f"{given[1] - 1}, each once."
+    )
+  import jax
+
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  _say_what_abort_means(True)
+  try:
+    jax.distributed.initialize(
+      *given,
+      cluster_detection_method="deactivate" if flags.coordinator else None,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+  except ValueError as error:
+    # What JAX says where it finds no cluster: an ordinary run.
+    if flags.coordinator or "coordinator_address" not in str(error):
+      raise
+    _say_what_abort_means(False)
+    return
+  jax.devices()  # All processes meet here, before one may have to wait.
+  if not active():
+    _say_what_abort_means(False)
+
+
+def active() -> bool:
+  """Whether the run has several processes."""
+  # An error in a flag is not to wait for JAX, nor for its devices.
+  jax = sys.modules.get("jax")
+  return (
+    jax is not None
+    and jax.distributed.is_initialized()
+    and jax.process_count() > 1
+  )
+
+
+# A process that misses another is ended by JAX's runtime, in a thread of C++
+# that calls abort(): a page of addresses, and no way to catch it but a handler
+# of C. Python's own handlers would run after the process is gone.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+  del number
+  leave_lost()
+
+
+def _say_what_abort_means(wanted: bool) -> None:
+  handler = _on_abort if wanted else ctypes.c_void_p(int(signal.SIG_DFL))
+  ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+def lost(error: BaseException) -> bool:
+  """Whether an error means that another process is gone."""
+  return (
+    active()
+    and not isinstance(error, OSError | FloatingPointError)
+    and bool(_LOST.search(f"{type(error).__name__}: {error}"))
+  )
+
+
+def leave_lost(why: object = "") -> None:
+  """Ends this process at once, with the line that says why."""
+  _said.acquire()  # for good: a second thread that comes here waits
+  text = " ".join(str(why).split())[:200]
+  sys.stderr.write(
+    f"another process of the run is gone{f' ({text})' if text else ''}; start "
+    "all of them again, and they go on from the last checkpoint.\n"
+  )
+  sys.stderr.flush()
+  os._exit(EXIT_LOST)
+
+
+def leave(code: int) -> None:
+  """Ends this process at once if others may wait for it in a collective.
+
+  An orderly end would wait for them in turn.
+  """
+  if active():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def barrier(name: str) -> None:
+  """Returns when every process has come here; each name once a run."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  if active():
+    # Not by a collective of the devices: those have time limits.
+    ocp.multihost.sync_global_processes(
+      name,
+      timeout=_BARRIER_SECONDS,
+      processes=set(range(jax.process_count())),
+    )
+
+
+@contextlib.contextmanager
+def first_process_first(name: str) -> Iterator[None]:
+  """Process 0 runs the body alone, the others after it.
+
+  For what process 0 makes and the others find, such as a prepared data set.
+  Nothing in it may be collective.
+  """
+  import jax
+
+  if jax.process_index():
+    barrier(name)
+  yield
+  if not jax.process_index():
+    barrier(name)
+
+
+def agree(value: bool) -> bool:
+  """Whether the value is true on all processes; collective."""
+  from jax.experimental import multihost_utils
+
+  if not active():
+    return value
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def gather(rows: Any, sharding: Any) -> np.ndarray:
+  """The rows of all processes on the host of each; collective.
+
+  Args:
+    rows: this process's rows of an array [B, ...], or the global array.
+    sharding: of the leading axis, as of batches.
+
+  Returns:
+    [B, ...], in the order of the global array.
+  """
+  import jax
+  from jax.experimental import multihost_utils
+
+  if not active():
+    return np.asarray(rows)
+  if not isinstance(rows, jax.Array):
+    rows = jax.make_array_from_process_local_data(sharding, rows)
+  return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+class Stopper:
+  """Notes SIGTERM and SIGINT, so that all processes stop after one step.
+
+  Attributes:
+    stopped: whether the loop is to end.
+  """
+
+  def __init__(self):
+    self.stopped = False
+
+  def __enter__(self) -> "Stopper":
+    self._active = active()
+    handlers = {
+      signal.SIGINT: self._pass_on if self._active else self._stop,
+      signal.SIGTERM: self._stop,
+    }
+    if self._active:
+      # JAX has taken SIGTERM, to tell the other processes of it.
+      del handlers[signal.SIGTERM]
+    self._old = {n: signal.signal(n, f) for n, f in handlers.items()}
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def check(self, step: int) -> bool:
+    """Whether to stop after this step; every process asks after every step."""
+    if self._active:
+      from jax.experimental import multihost_utils
+
+      self.stopped |= multihost_utils.reached_preemption_sync_point(step)
+    return self.stopped
+
+  def _stop(self, number: int, frame: Any) -> None:
+    del frame
+    self.stopped = True
+    # A second signal ends the process as it would without us.
+    signal.signal(number, self._old[number])
+
+  def _pass_on(self, number: int, frame: Any) -> None:
+    del number, frame
+    signal.raise_signal(signal.SIGTERM)
