@@ -90,13 +90,20 @@ def defaults() -> ml_collections.ConfigDict:
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
   c.optimizer.eps = 1e-8
+  c.optimizer.mu_dtype = "float32"  # of the first moment; or "bfloat16"
   c.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
   c.momentum = (0.996, 1.0)  # of the target encoder, start and end; linear
 
   c.compute = ml_collections.ConfigDict()
   c.compute.dtype = "bfloat16"  # of activations; parameters are float32
   c.compute.scan = True  # one compiled block for all; False unrolls
-  c.compute.remat = "none"  # "none", "dots" or "full"
+  # What the backward pass computes again to save memory: "none", "products"
+  # (all but matrix products), "dots" (all but products with weights) or
+  # "full"; in every n-th block.
+  c.compute.remat = "none"
+  c.compute.remat_every = 1
+  # "own", or jax.nn.dot_product_attention's "xla" or "cudnn" (NVIDIA GPUs).
+  c.compute.attention = "own"
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
   c.mesh.data = -1  # splits the batch
   c.mesh.fsdp = 1  # splits the batch, parameters and their moments
@@ -256,7 +263,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   choose("init_which", config.init_which, ("target", "context", "all"))
   choose("loss", config.loss, ("smooth_l1", "l2"))
   choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
-  choose("remat policy", config.compute.remat, ("none", "dots", "full"))
+  choose("mu_dtype", config.optimizer.mu_dtype, ("float32", "bfloat16"))
+  choose("attention", config.compute.attention, ("own", "xla", "cudnn"))
+  if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
+    raise ValueError(
+      'compute.attention is "cudnn", which computes in 16 bits, and '
+      'compute.dtype "float32"; make it "bfloat16", or the attention "xla".'
+    )
+  choose(
+    "remat policy", config.compute.remat, ("none", "products", "dots", "full")
+  )
+  if config.compute.remat_every < 1:
+    raise ValueError(
+      f"compute.remat_every is {config.compute.remat_every}; give 1 for every "
+      "block, 2 for every second one."
+    )
   choose(
     "weight decay shape",
     config.optimizer.weight_decay_shape,

@@ -28,6 +28,47 @@ def variables(images):
   )
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_attention_of_jax_is_the_same(padded):
+  keys = jax.random.split(jax.random.key(0), 3)
+  query = jax.random.normal(keys[0], (2, 3, 4, 5))
+  key, value = (jax.random.normal(k, (2, 3, 6, 5)) for k in keys[1:])
+  valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
+  np.testing.assert_allclose(
+    vit.attend_with_jax(query, key, value, valid, "xla"),
+    vit.attend(query, key, value, valid),
+    atol=1e-6,
+  )
+
+
+def test_every_block_uses_the_attention_that_is_asked_for(
+  images, variables, monkeypatch
+):
+  asked = []
+  whole = vit.attend_with_jax
+  monkeypatch.setattr(
+    vit, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
+  )
+  other = models.Encoder(**SETTINGS, attention="xla").apply(variables, images)
+  assert set(asked) == {"xla"} and len(asked) >= 5
+  expected = models.Encoder(**SETTINGS).apply(variables, images)
+  np.testing.assert_allclose(other, expected, atol=1e-4)
+
+
+def test_layout_is_asked_for_blocks_and_forgotten(images, variables):
+  blocks, inputs = [], []
+  with models.layout(
+    lambda x: inputs.append(x.shape) or x, lambda w: blocks.append(w) or w
+  ):
+    seen = models.Encoder(**SETTINGS).apply(variables, images)
+  assert set(inputs) == {(B, 15, 28)}
+  assert {w["fc1"]["kernel"].shape for w in blocks} == {(28, 112)}
+  count = len(blocks)
+  expected = models.Encoder(**SETTINGS).apply(variables, images)
+  np.testing.assert_allclose(seen, expected, atol=1e-6)
+  assert len(blocks) == count
+
+
 def test_patchify_cuts_row_major_patches():
   image = np.arange(H * W * C).reshape(1, H, W, C)
   patches = np.asarray(models.patchify(jnp.asarray(image), PATCH))
@@ -100,10 +141,12 @@ def test_several_contexts_are_encoded_apart(images, variables):
 
 
 @pytest.mark.parametrize("layers", [1, 4, 5])
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_scan_and_remat_change_nothing(images, variables, layers, remat):
+@pytest.mark.parametrize(
+  "remat, every", [("products", 1), ("dots", 1), ("full", 1), ("full", 2)]
+)
+def test_scan_and_remat_change_nothing(images, variables, layers, remat, every):
   plain = models.Encoder(**SETTINGS)
-  other = models.Encoder(**SETTINGS, scan=True, remat=remat)
+  other = models.Encoder(**SETTINGS, scan=True, remat=remat, remat_every=every)
 
   def loss(encoder):
     def f(v):
@@ -239,7 +282,7 @@ def test_sizes_have_the_published_parameter_counts():
     (dict(patch_size=7), "nearest patch sizes"),
     (dict(num_heads=5), "not a multiple of 5 heads"),
     (dict(width=30), "not a multiple of 4"),
-    (dict(remat="some"), "known: none, dots, full"),
+    (dict(remat="some"), "known: none, products, dots, full"),
   ],
 )
 def test_misfits_are_named(images, change, message):

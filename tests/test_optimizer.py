@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jepa_jax import models
@@ -70,6 +71,16 @@ def test_update_is_decoupled_adamw(config):
     updates["kernel"], -lr * (1.0 + decay * 2.0), rtol=1e-5
   )
   np.testing.assert_allclose(updates["bias"], lr, rtol=1e-5)
+
+
+def test_the_first_moment_alone_takes_its_type(config):
+  config.optimizer.mu_dtype = "bfloat16"
+  tx = optimizer.make_optimizer(config, optimizer.make_schedules(config))
+  params = {"kernel": jnp.ones((2, 3))}
+  updates, state = tx.update(params, tx.init(params), params)
+  moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+  assert [m["kernel"].dtype for m in moments] == [jnp.bfloat16, jnp.float32]
+  assert updates["kernel"].dtype == jnp.float32
 
 
 def test_clipping_bounds_the_gradient(config):

@@ -14,7 +14,9 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 import conftest, test_program
-from jepa_jax.training import checkpoints, program as program_lib, sharding
+from jepa_jax.training import (
+  checkpoints, hlo, program as program_lib, sharding
+)
 
 folder, results = sys.argv[1], {}
 config = conftest.small_config()
@@ -24,6 +26,8 @@ config.optimizer.clip_norm = 1.0
 
 def build(data, fsdp):
   config.mesh.data, config.mesh.fsdp = data, fsdp
+  # Unrolled, XLA on a CPU keeps what is gathered instead of gathering again.
+  config.compute.scan = fsdp > 1
   mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp])
   return program_lib.build(config, mesh)
 
@@ -32,6 +36,8 @@ def flat(state):
 
 for data, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
   program = build(data, fsdp)
+  lowered = program.step.lower(program.state_spec, program.batch_spec)
+  compiled = lowered.compile()
   state, losses = program.init(0), []
   for step in range(3):
     batch = test_program.make_batch(program, step)
@@ -39,11 +45,23 @@ for data, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
       k: jax.device_put(v, program.batch_spec[k].sharding)
       for k, v in batch.items()
     }
-    state, metrics, _ = program.step(state, batch)
+    state, metrics, _ = compiled(state, batch)
     losses.append(float(metrics["loss"]))
   kernel = state.params["encoder"]["transformer"]["blocks"]["fc1"]["kernel"]
   moment = jax.tree.leaves(state.opt_state, is_leaf=lambda x: False)
+  traffic = {}
+  for c in hlo.collectives(compiled.as_text()):
+    traffic[c.kind] = traffic.get(c.kind, 0) + c.elements * c.times
   results[f"{data}x{fsdp}"] = dict(
+    traffic=traffic,
+    kernels={
+      name: sum(
+        x.size for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if "kernel" in jax.tree_util.keystr(path)
+      )
+      for name, tree in state.params.items()
+    },
+    all=sum(x.size for x in jax.tree.leaves(state.params)),
     losses=losses,
     params=[float(np.linalg.norm(x)) for x in jax.tree.leaves(state.params)],
     share=kernel.addressable_shards[0].data.size / kernel.size,
@@ -89,6 +107,20 @@ def test_a_mesh_changes_nothing_but_the_rounding(results, mesh):
   np.testing.assert_allclose(
     results[mesh]["params"], results["1x1"]["params"], rtol=1e-4, atol=1e-5
   )
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4"])
+def test_weights_are_gathered_once_a_pass(results, mesh):
+  traffic = results[mesh]["traffic"]
+  kernels, everything = results[mesh]["kernels"], results[mesh]["all"]
+  # Passes: the target encoder's, the networks' own, and theirs back. What
+  # lies outside the blocks is kept, and gathered once less.
+  most = 3 * kernels["encoder"] + 2 * kernels["predictor"]
+  assert 0.85 * most < traffic.pop("all-gather") <= most
+  # The gradients are summed once, and beside them a few scalars; a CPU has no
+  # reduce-scatter. With two groups each sums again what is left to it.
+  summed = sum(traffic.values())
+  assert everything <= summed <= (1 + 1 / 4) * everything + 200
 
 
 def test_fsdp_splits_parameters_their_average_and_their_moments(results):

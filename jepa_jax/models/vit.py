@@ -12,7 +12,9 @@ Reference: Dosovitskiy et al. 2021, arXiv:2010.11929; Assran et al. 2023,
 section 3 and appendix A, arXiv:2301.08243.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 import functools
 from typing import Any
 
@@ -22,6 +24,30 @@ import jax.numpy as jnp
 import numpy as np
 
 Dtype = Any
+
+_layout = contextvars.ContextVar("layout", default=(None, None))
+
+
+@contextlib.contextmanager
+def layout(
+  activations: Callable[[jax.Array], jax.Array] | None,
+  weights: Callable[[Any], Any] | None,
+) -> Iterator[None]:
+  """Says where networks that are traced within keep what they compute.
+
+  Args:
+    activations: applied to what goes into every block, [B, N, D], where B may
+      be a multiple of the batch; None leaves it where it is.
+    weights: applied to the parameters of one block at a time, before their
+      use and, for the backward pass, once more: what it returns is not kept.
+      None leaves them where they are.
+  """
+  token = _layout.set((activations, weights))
+  try:
+    yield
+  finally:
+    _layout.reset(token)
+
 
 # Encoder sizes by name; the keys are the arguments of Encoder.
 SIZES: dict[str, dict[str, Any]] = {
@@ -33,10 +59,11 @@ SIZES: dict[str, dict[str, Any]] = {
   "g": dict(width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
 }
 
-# What a block keeps for its backward pass: everything, the matrix products
+# What a block keeps for its backward pass: everything, matrix products, those
 # with weights, or nothing but its input.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-  "none": None,
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "products": jax.checkpoint_policies.dots_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -175,6 +202,34 @@ def attend(
   return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
+def attend_with_jax(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array | None,
+  implementation: str,
+) -> jax.Array:
+  """What `attend` does, by jax.nn.dot_product_attention.
+
+  Args:
+    query: as of attend, and so key, value and valid.
+    key: see query.
+    value: see query.
+    valid: see query.
+    implementation: "cudnn" (NVIDIA GPUs; 16 bits; fused) or "xla".
+
+  Returns:
+    [B, heads, Q, head_dim].
+  """
+  tokens_first = lambda x: x.transpose(0, 2, 1, 3)  # [B, tokens, heads, _]
+  y = jax.nn.dot_product_attention(
+    *map(tokens_first, (query, key, value)),
+    mask=None if valid is None else valid[:, None, None, :],
+    implementation=implementation,
+  )
+  return tokens_first(y)
+
+
 # The backward pass needs its input alone, not the error function besides.
 @jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
@@ -203,13 +258,17 @@ class Dense(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block: attention, then a two-layer perceptron."""
+  """Pre-norm transformer block: attention, then a two-layer perceptron.
+
+  `attention` is "own" for `attend`, or see `attend_with_jax`.
+  """
 
   num_heads: int
   mlp_ratio: float = 4.0
   dropout: float = 0.0
   dtype: Dtype = jnp.float32
   norm_epsilon: float = _NORM_EPSILON
+  attention: str = "own"
 
   @nn.compact
   def __call__(
@@ -255,7 +314,11 @@ class Block(nn.Module):
     qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
     qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
     query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, head_dim]
-    y = attend(query[:, :, first:], key, value, valid)
+    query = query[:, :, first:]
+    if self.attention == "own":
+      y = attend(query, key, value, valid)
+    else:
+      y = attend_with_jax(query, key, value, valid, self.attention)
     y = y.transpose(0, 2, 1, 3).reshape(b, n - first, d)
     x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
 
@@ -279,8 +342,11 @@ class Transformer(nn.Module):
     dtype: of the computation; parameters are float32.
     scan: compiles one block and loops over it (short compiles, for deep
       models on TPU and GPU); False unrolls (faster on CPU).
-    remat: what blocks keep for the backward pass: "none" recomputes nothing,
-      "dots" all but products with weights, "full" everything.
+    remat: what blocks compute again for the backward pass: "none" nothing,
+      "products" all but matrix products, "dots" all but products with
+      weights, "full" everything.
+    remat_every: n to apply remat to every n-th block alone.
+    attention: see Block.
     norm_epsilon: added to the variance in every LayerNorm.
   """
 
@@ -292,6 +358,8 @@ class Transformer(nn.Module):
   dtype: Dtype = jnp.float32
   scan: bool = False
   remat: str = "none"
+  remat_every: int = 1
+  attention: str = "own"
   norm_epsilon: float = _NORM_EPSILON
 
   @nn.compact
@@ -329,6 +397,7 @@ class Transformer(nn.Module):
       dropout=self.dropout,
       dtype=self.dtype,
       norm_epsilon=self.norm_epsilon,
+      attention=self.attention,
       parent=None,
     )
 
@@ -345,10 +414,14 @@ class Transformer(nn.Module):
       per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
       per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
 
+    spread, gather = _layout.get()
+
     def apply_block(
       x: jax.Array, layer: tuple[Any, Any], first: int
     ) -> jax.Array:
       weights, extra = layer
+      weights = gather(weights) if gather else weights
+      x = spread(x) if spread else x
       rngs = {"dropout": extra["rng"]} if stochastic else None
       return block.apply(
         {"params": weights},
@@ -359,26 +432,39 @@ class Transformer(nn.Module):
         rngs=rngs,
       )
 
-    if self.remat != "none":
-      apply_block = jax.checkpoint(
-        apply_block, policy=REMAT_POLICIES[self.remat], static_argnums=2
-      )
+    every = self.remat_every if self.remat != "none" else 1
+    group = [_remat(apply_block, self.remat, gather is not None)]
+    group += [_remat(apply_block, "none", gather is not None)] * (every - 1)
+
+    def apply_group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+      for apply, layer in zip(group, layers):
+        x = apply(x, layer, 0)
+      return x, None
+
     # The scan hands on its last output alone; what else is wanted is unrolled.
+    stacked = (params, per_layer)
     scanned = 0
     if self.scan:
       scanned = self.depth
       if layers > 1 or first:
         scanned -= layers
-    stacked = (params, per_layer)
+      scanned -= scanned % every
     if scanned:
+      # The slices that the scan makes go straight to the blocks: it keeps
+      # what is made of a slice for the backward pass, and not the slice.
       head = jax.tree.map(lambda leaf: leaf[:scanned], stacked)
-      x, _ = jax.lax.scan(
-        lambda x, layer: (apply_block(x, layer, 0), None), x, head
-      )
+      if every > 1:
+        head = jax.tree.map(
+          lambda leaf: leaf.reshape(-1, every, *leaf.shape[1:]), head
+        )
+        xs = _unstack(head, 0, every, axis=1)
+      else:
+        xs = [head]
+      x, _ = jax.lax.scan(apply_group, x, xs)
     outputs = [x]
-    unrolled = _unstack(stacked, scanned, self.depth)
-    for i, layer in enumerate(unrolled, 1):
-      x = apply_block(x, layer, first if i == len(unrolled) else 0)
+    for i, layer in enumerate(_unstack(stacked, scanned, self.depth), scanned):
+      last = i == self.depth - 1
+      x = group[i % every](x, layer, first if last else 0)
       outputs.append(x)
     return outputs[-layers:]
 
@@ -388,6 +474,8 @@ class Transformer(nn.Module):
         f'unknown remat policy "{self.remat}"; known: '
         f"{', '.join(REMAT_POLICIES)}."
       )
+    if self.remat_every < 1:
+      raise ValueError(f"remat_every is {self.remat_every}; at least 1.")
     if not 1 <= layers <= self.depth:
       raise ValueError(
         f"the last {layers} layers were asked of {self.depth}; ask for 1 to "
@@ -400,17 +488,35 @@ class Transformer(nn.Module):
       )
 
 
-def _unstack(tree: Any, start: int, stop: int) -> list[Any]:
-  """Splits the leading axis of all leaves into a list of trees."""
+def _remat(function: Callable[..., Any], name: str, gathers: bool) -> Any:
+  """Makes a block recompute what the policy says, and its gathered weights."""
+  if name == "none" and not gathers:
+    return function
+
+  def keeps(primitive: Any, *args: Any, **params: Any) -> bool:
+    # What only changed its layout is made again: a gathered weight that is
+    # kept would fill the memory that splitting it saved.
+    if primitive.name == "sharding_constraint":
+      return False
+    return REMAT_POLICIES[name](primitive, *args, **params)
+
+  return jax.checkpoint(function, policy=keeps, static_argnums=2)
+
+
+def _unstack(tree: Any, start: int, stop: int, axis: int = 0) -> list[Any]:
+  """Splits an axis of all leaves into a list of trees."""
   leaves, structure = jax.tree.flatten(tree)
-  # One split, whose transpose is one concatenation: indexing layer by layer
-  # would pad and add a full stack of gradients for every layer.
-  columns = [
-    [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * leaf.shape[0])]
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    else list(leaf)
-    for leaf in leaves
-  ]
+
+  def split(leaf: jax.Array) -> list[jax.Array]:
+    count = leaf.shape[axis]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return [jnp.take(leaf, i, axis=axis) for i in range(count)]
+    # One split, whose transpose is one concatenation: indexing layer by layer
+    # would pad and add a full stack of gradients for every layer.
+    parts = jax.lax.split(leaf, [1] * count, axis=axis)
+    return [jnp.squeeze(part, axis) for part in parts]
+
+  columns = [split(leaf) for leaf in leaves]
   return [
     jax.tree.unflatten(structure, [column[i] for column in columns])
     for i in range(start, stop)
@@ -434,6 +540,8 @@ class Encoder(nn.Module):
     dtype: of the computation; parameters are float32.
     scan: see Transformer.
     remat: see Transformer.
+    remat_every: see Transformer.
+    attention: see Block.
     norm_epsilon: see Transformer.
     position_grid: (h, w) of position embeddings that are a parameter
       "positions", [N, D], as in foreign weights; None computes sine-cosine
@@ -450,6 +558,8 @@ class Encoder(nn.Module):
   dtype: Dtype = jnp.float32
   scan: bool = False
   remat: str = "none"
+  remat_every: int = 1
+  attention: str = "own"
   norm_epsilon: float = _NORM_EPSILON
   position_grid: tuple[int, int] | None = None
 
@@ -502,6 +612,8 @@ class Encoder(nn.Module):
       dtype=self.dtype,
       scan=self.scan,
       remat=self.remat,
+      remat_every=self.remat_every,
+      attention=self.attention,
       norm_epsilon=self.norm_epsilon,
       name="transformer",
     )(x, valid, layers=layers, train=train)
@@ -545,6 +657,8 @@ class Predictor(nn.Module):
     dtype: of the computation; parameters are float32.
     scan: see Transformer.
     remat: see Transformer.
+    remat_every: see Transformer.
+    attention: see Block.
 
   Reference: Assran et al. 2023, section 3, arXiv:2301.08243.
   """
@@ -557,6 +671,8 @@ class Predictor(nn.Module):
   dtype: Dtype = jnp.float32
   scan: bool = False
   remat: str = "none"
+  remat_every: int = 1
+  attention: str = "own"
 
   @nn.compact
   def __call__(
@@ -616,6 +732,8 @@ class Predictor(nn.Module):
       dtype=self.dtype,
       scan=self.scan,
       remat=self.remat,
+      remat_every=self.remat_every,
+      attention=self.attention,
       name="transformer",
     )(pair(seen, asked), valid, train=train, first=k)
     x = nn.LayerNorm(

@@ -88,6 +88,8 @@ class IJEPA:
       dtype=jnp.dtype(config.compute.dtype),
       scan=config.compute.scan,
       remat=config.compute.remat,
+      remat_every=config.compute.remat_every,
+      attention=config.compute.attention,
     )
     grid = models.patch_grid(
       data.image_size, data.image_size, config.encoder.patch_size

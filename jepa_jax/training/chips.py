@@ -1,4 +1,4 @@
-"""Peak speeds of accelerators, as their makers state them."""
+"""Peak speeds and memories of accelerators, as their makers state them."""
 
 import dataclasses
 import re
@@ -15,13 +15,22 @@ class Chip:
     bfloat16_flops: operations a second of dense matrix products in bfloat16,
       accumulated in float32, at the boost clock; a multiplication and an
       addition being two.
-    source: where the figure stands.
+    source: where the figures stand.
+    hbm_bytes: of memory; None where planning does not need it.
+    hbm_bandwidth: bytes a second between memory and the chip.
+    link_bandwidth: bytes a second that all links to other chips of a slice
+      carry in one direction, half of what is stated as bidirectional.
+    devices: JAX devices a chip; every figure above is of one of them.
   """
 
   name: str
   pattern: str
   bfloat16_flops: float
   source: str
+  hbm_bytes: float | None = None
+  hbm_bandwidth: float | None = None
+  link_bandwidth: float | None = None
+  devices: int = 1
 
 
 _TPU = "https://cloud.google.com/tpu/docs/"
@@ -30,13 +39,55 @@ _NVIDIA = "https://resources.nvidia.com/, data sheet of the "
 # Dense speeds: data sheets that state twice as much count zeros. A TPU v2 or
 # v3 chip and a TPU7x chip are two JAX devices each, so each has half.
 CHIPS = (
-  Chip("TPU v2", r"tpu v2", 45e12 / 2, _TPU + "v2"),
-  Chip("TPU v3", r"tpu v3", 123e12 / 2, _TPU + "v3"),
-  Chip("TPU v4", r"tpu v4", 275e12, _TPU + "v4"),
-  Chip("TPU v5e", r"tpu v5 ?(lite|e)", 197e12, _TPU + "v5e"),
-  Chip("TPU v5p", r"tpu v5p?", 459e12, _TPU + "v5p"),
-  Chip("TPU v6e", r"tpu v6 ?(lite|e)", 918e12, _TPU + "v6e"),
-  Chip("TPU7x", r"tpu ?(v?7x?)", 2307e12 / 2, _TPU + "tpu7x"),
+  Chip("TPU v2", r"tpu v2", 45e12 / 2, _TPU + "v2", devices=2),
+  Chip("TPU v3", r"tpu v3", 123e12 / 2, _TPU + "v3", devices=2),
+  Chip(
+    "TPU v4",
+    r"tpu v4",
+    275e12,
+    _TPU + "v4",
+    hbm_bytes=32 * 2**30,
+    hbm_bandwidth=1200e9,
+    # 1.1 PB/s of all-reduce over the 4,096 chips of a pod, rounded to links.
+    link_bandwidth=300e9,
+  ),
+  Chip(
+    "TPU v5e",
+    r"tpu v5 ?(lite|e)",
+    197e12,
+    _TPU + "v5e",
+    hbm_bytes=16 * 2**30,
+    hbm_bandwidth=819e9,
+    link_bandwidth=400e9 / 2,
+  ),
+  Chip(
+    "TPU v5p",
+    r"tpu v5p?",
+    459e12,
+    _TPU + "v5p",
+    hbm_bytes=95 * 2**30,
+    hbm_bandwidth=2765e9,
+    link_bandwidth=1200e9 / 2,
+  ),
+  Chip(
+    "TPU v6e",
+    r"tpu v6 ?(lite|e)",
+    918e12,
+    _TPU + "v6e",
+    hbm_bytes=32 * 2**30,
+    hbm_bandwidth=1638e9,
+    link_bandwidth=800e9 / 2,
+  ),
+  Chip(
+    "TPU7x",
+    r"tpu ?(v?7x?)",
+    2307e12 / 2,
+    _TPU + "tpu7x",
+    hbm_bytes=192 * 2**30 / 2,
+    hbm_bandwidth=7380e9 / 2,
+    link_bandwidth=1200e9 / 2 / 2,
+    devices=2,
+  ),
   Chip("A100", r"nvidia a100.*", 312e12, _NVIDIA + "A100"),
   Chip("H100 PCIe", r"nvidia h100 pcie.*", 756e12, _NVIDIA + "H100"),
   Chip("H100 NVL", r"nvidia h100 nvl.*", 835e12, _NVIDIA + "H100"),

@@ -113,6 +113,7 @@ def make_optimizer(
     b1=settings.b1,
     b2=settings.b2,
     eps=settings.eps,
+    mu_dtype=settings.mu_dtype,
     weight_decay=lambda step: lookup(schedules.weight_decay, step),
     mask=decayed,
   )

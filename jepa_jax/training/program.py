@@ -86,6 +86,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
       f"{_nearest_multiples(config.batch_size, mesh.size, config)}."
     )
+  platform = mesh.devices.flat[0].platform
+  if config.compute.attention == "cudnn" and platform not in ("gpu", "cuda"):
+    raise ValueError(
+      f'compute.attention is "cudnn" on a {platform}; it needs an NVIDIA GPU: '
+      'make it "own" or "xla".'
+    )
   objective = objectives.load(config.objective).from_config(config)
   schedules = optimizer.make_schedules(config)
   tx = optimizer.make_optimizer(config, schedules)
@@ -106,7 +112,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   split = sharding.batch_sharding(mesh)
   jit_init = jax.jit(init, out_shardings=shardings)
   step = jax.jit(
-    _make_step(config, objective, schedules, tx),
+    _make_step(config, objective, schedules, tx, shardings, mesh),
     in_shardings=(shardings, split),
     out_shardings=(shardings, replicated, split),
     donate_argnums=0,
@@ -135,21 +141,33 @@ def _make_step(
   objective: Any,
   schedules: optimizer.Schedules,
   tx: optax.GradientTransformation,
+  shardings: TrainState,
+  mesh: Mesh,
 ) -> Callable[..., Any]:
   """The train step as a plain function, before jit."""
 
   def total_and_rest(params, target_params, batch, rng):
-    loss = objective.loss(params, target_params, batch, rng)
+    with sharding.network_layout(mesh):
+      loss = objective.loss(params, target_params, batch, rng)
     return loss.total, loss
 
-  def gradients(state, batch, rng):
+  def gradients(params, target_params, batch, rng):
     grad = jax.grad(total_and_rest, has_aux=True)
-    return grad(state.params, state.target_params, batch, rng)
+    grads, loss = grad(params, target_params, batch, rng)
+    # Scattered as they are made, in the type that they are made in.
+    return jax.lax.with_sharding_constraint(grads, shardings.params), loss
 
   def accumulated_gradients(state, batch, rng):
     slices = config.accumulate_steps
+    params, target_params = (
+      sharding.compute_params(tree, places, config.compute.dtype, mesh)
+      for tree, places in (
+        (state.params, shardings.params),
+        (state.target_params, shardings.target_params),
+      )
+    )
     if slices == 1:
-      return gradients(state, batch, rng)
+      return gradients(params, target_params, batch, rng)
     # Every device keeps its own images: slices are cut inside its share.
     cut = lambda x: jnp.moveaxis(
       x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
@@ -157,7 +175,7 @@ def _make_step(
 
     def add(grads, xs):
       part, rng = xs
-      new, loss = gradients(state, part, rng)
+      new, loss = gradients(params, target_params, part, rng)
       return jax.tree.map(jnp.add, grads, new), loss
 
     grads, losses = jax.lax.scan(
@@ -177,7 +195,7 @@ def _make_step(
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     grads, loss = accumulated_gradients(state, batch, rng)
-    grads = jax.tree.map(lambda g: g / loss.weight, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / loss.weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     momentum = optimizer.lookup(schedules.momentum, state.step)

@@ -1,5 +1,7 @@
 """The mesh, and where each array of the state lies on it."""
 
+from collections.abc import Callable
+import contextlib
 import math
 import re
 from typing import Any
@@ -8,11 +10,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
+from jepa_jax import models
+
 # Axes that split the batch; "fsdp" splits parameters too.
 BATCH_AXES = ("data", "fsdp")
 
 # (pattern of the parameter's path, rule), first match wins. "split" cuts the
-# largest axis that the fsdp axis divides, layers last; "replicate" copies.
+# rows of a matrix, or its columns where the fsdp axis divides those alone:
+# a TPU gathers columns slowly unless each share is a multiple of 128.
+# "replicate" copies.
 RULES = (
   (r"(bias|scale|mask_token|count|step)$", "replicate"),
   (r".*", "split"),
@@ -61,6 +67,59 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def network_layout(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+  """Keeps activations split by image, and gathers weights block by block.
+
+  Left alone, the partitioner may split activations like the weights that they
+  meet, and copy whole batches to every device. A mesh of one device needs
+  none of it.
+  """
+  split = batch_sharding(mesh)
+  return models.layout(
+    activations=None
+    if mesh.size == 1
+    else lambda x: jax.lax.with_sharding_constraint(x, split),
+    weights=None if mesh.shape["fsdp"] == 1 else gather(mesh),
+  )
+
+
+def gather(mesh: Mesh) -> Callable[[Any], Any]:
+  """A function that copies split arrays of a tree to every device.
+
+  Its backward pass says nothing of the gradient's place, so that a gradient
+  goes straight to where it is wanted: scattered while it is added up.
+  """
+  copy = lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh))
+  gathered = jax.custom_vjp(copy)
+  gathered.defvjp(lambda x: (copy(x), None), lambda _, gradient: (gradient,))
+  return lambda tree: jax.tree.map(gathered, tree)
+
+
+def compute_params(params: Any, shardings: Any, dtype: Any, mesh: Mesh) -> Any:
+  """Parameters as the networks get them.
+
+  Kernels come in the type of the computation, cast where they lie, so that
+  half the bytes travel. Blocks stay split until they are used; the few others
+  are gathered.
+
+  Args:
+    params: float32, laid out by shardings.
+    shardings: tree like params.
+    dtype: of the computation.
+    mesh: of the shardings.
+  """
+  if mesh.size == 1:
+    return params
+
+  def place(path: tuple[Any, ...], leaf: jax.Array, sharding: Any) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.endswith("kernel"):
+      leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), sharding)
+    return leaf if "blocks" in name else gather(mesh)(leaf)
+
+  return jax.tree_util.tree_map_with_path(place, params, shardings)
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
   """A sharding for every leaf of a state, by RULES.
 
@@ -78,13 +137,10 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     spec: list[str | None] = [None] * leaf.ndim
     parts = mesh.shape["fsdp"]
     if rule == "split" and parts > 1:
-      fits = [
-        axis
-        for axis in range(1 if "blocks" in name else 0, leaf.ndim)
-        if leaf.shape[axis] % parts == 0
-      ]
+      axes = range("blocks" in name, leaf.ndim)[-2:]
+      fits = [axis for axis in axes if leaf.shape[axis] % parts == 0]
       if fits:
-        spec[max(fits, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        spec[fits[0]] = "fsdp"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree_util.tree_map_with_path(place, state)

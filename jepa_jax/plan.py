@@ -1,0 +1,178 @@
+"""Plans a run on a TPU slice, with no TPU at hand.
+
+    python -m jepa_jax.plan --config FILE:variant --topology v5e:8x8
+
+compiles the very step that training runs, with the compiler of TPUs, and says
+what a chip holds, computes, reads and sends, and the least time that takes.
+Every figure is the compiler's estimate or follows from one: none is measured.
+Needs the extra "tpu".
+"""
+
+import argparse
+from collections.abc import Iterator
+import json
+import math
+
+import ml_collections
+
+from jepa_jax import command
+from jepa_jax.training import estimate
+
+_GIB = 2**30
+
+
+def search(
+  config: ml_collections.ConfigDict, topology: str
+) -> Iterator[estimate.Row]:
+  """The smallest slice of a family that fits, and what is best on it.
+
+  Slices grow until one holds the step with everything split and computed
+  again. On that one, the policies that compute less again follow, and plain
+  data parallelism.
+
+  Args:
+    config: see jepa_jax.config; its mesh and remat are replaced.
+    topology: the largest slice to try.
+
+  Yields:
+    A row for every try, as plan does.
+  """
+  family, _, largest = topology.partition(":")
+  shapes = estimate.TOPOLOGIES.get(family, ())
+  if largest not in shapes:
+    raise ValueError(
+      f'--search grows slices up to a known topology, and "{topology}" is '
+      f"none; known: {estimate.known_topologies()}."
+    )
+  shapes = shapes[: shapes.index(largest) + 1]
+
+  def attempt(
+    shape: str, fsdp: int, remat: str, every: int = 1
+  ) -> estimate.Row:
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+      c.mesh.update(data=-1 if fsdp != -1 else 1, fsdp=fsdp)
+      c.compute.update(remat=remat, remat_every=every)
+    return estimate.step(c, f"{family}:{shape}")
+
+  for shape in shapes:
+    if (
+      config.batch_size
+      // config.accumulate_steps
+      % len(estimate.devices_of(f"{family}:{shape}"))
+    ):
+      continue
+    row = attempt(shape, -1, "full")
+    yield row
+    if row["fits"]:
+      for remat, every in (("full", 2), ("dots", 1), ("none", 1)):
+        yield attempt(shape, -1, remat, every)
+      yield attempt(shape, 1, "full")
+      return
+
+
+def best(rows: list[estimate.Row]) -> estimate.Row | None:
+  """The row of those that fit with the most images a second."""
+  rows = [row for row in rows if row["fits"]]
+  speed = lambda row: row["images_per_second_per_chip"] * row["chips"]
+  return max(rows, key=speed, default=None)
+
+
+def show(rows: list[estimate.Row]) -> str:
+  """A table, a line a row."""
+  names = ("topology", "mesh", "remat", "args", "temps", "total", "HBM GiB")
+  names += ("FLOPs", "bound s", "limit", "MFU", "img/s/chip", "hours")
+  table = [(*names, "chip-hours")]
+  for row in rows:
+    remat = row["remat"]
+    if row["remat_every"] > 1 and remat != "none":
+      remat += f"/{row['remat_every']}"
+    mesh = "x".join(str(n) for n in row["mesh"].values())
+    gib = lambda name: f"{(row.get(name) or math.nan) / _GIB:.2f}"
+    line = (row["topology"], mesh, remat, gib("argument_bytes"))
+    line += (gib("temporary_bytes"), gib("total_bytes"), gib("hbm_bytes"))
+    if row["fits"]:
+      line += (
+        f"{row['flops_ratio'] or math.nan:.3f}",
+        f"{row['bound_seconds']:.3f}",
+        row["limited_by"],
+        f"{row['utilisation'] or math.nan:.0%}",
+        f"{row['images_per_second_per_chip']:.1f}",
+        f"{row['hours']:.1f}",
+        f"{row['chip_hours']:.0f}",
+      )
+    else:
+      line += ("does not fit",)
+    table.append(line)
+  widths = [
+    max(len(line[i]) for line in table if i < len(line))
+    for i in range(len(table[0]))
+  ]
+  return "\n".join(
+    "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths)) for line in table
+  )
+
+
+def details(row: estimate.Row) -> str:
+  """One row in full, a line a value."""
+  lines = []
+  for name, value in row.items():
+    if isinstance(value, float):
+      value = f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+      value = f"{value:,}"
+    elif name == "collectives":
+      value = "; ".join(
+        f"{c['kind']} {c['dtype']} {c['bytes'] / 1e6:,.1f} MB in {c['times']}"
+        for c in value
+      )
+    elif name == "parts":
+      value = "; ".join(
+        f"{part} {c['flops'] / 1e12:.3g} TFLOP {c['bytes'] / 1e9:.3g} GB"
+        for part, c in value.items()
+      )
+    lines.append(f"{name:28} {value}")
+  return "\n".join(lines)
+
+
+def main(arguments: argparse.Namespace) -> int:
+  """The command."""
+  rows: list[estimate.Row] = []
+  for topology in arguments.topology:
+    if arguments.search:
+      rows += search(arguments.config, topology)
+    else:
+      rows.append(estimate.step(arguments.config, topology))
+  if arguments.json:
+    print(json.dumps(rows, indent=2))
+    return 0
+  print(f"{estimate.NOTE[0].upper()}{estimate.NOTE[1:]}.")
+  print(show(rows) if len(rows) > 1 else details(rows[0]))
+  if arguments.search:
+    chosen = best(rows)
+    print("best:\n" + details(chosen) if chosen else "nothing fits")
+  return 0
+
+
+if __name__ == "__main__":
+  flags = argparse.ArgumentParser(
+    prog="python -m jepa_jax.plan",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  command.add_config_flag(flags)
+  flags.add_argument(
+    "--topology",
+    action="append",
+    required=True,
+    metavar="FAMILY:SHAPE",
+    help="a TPU slice, such as v5e:8x8; may be given again",
+  )
+  flags.add_argument(
+    "--search",
+    action="store_true",
+    help="the smallest slice of the family that fits, up to the one given, "
+    "and the best mesh and remat on it",
+  )
+  flags.add_argument("--json", action="store_true", help="a JSON list of rows")
+  command.run(main, flags)

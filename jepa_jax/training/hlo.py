@@ -1,0 +1,192 @@
+"""What a compiled program does, read from its HLO text.
+
+XLA's own cost analysis counts the body of a loop once and says nothing of
+communication. Here every computation counts as often as it runs.
+
+Reference: https://openxla.org/xla/operation_semantics.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+)
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLS = re.compile(
+  r"(?:calls|body|condition|to_apply|true_computation|false_computation)="
+  r"%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
+_OPERATION = re.compile(
+  r"%?([\w.\-]+) = (.*?) (" + "|".join(KINDS) + r")(-start)?\("
+)
+_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+
+
+class Collective(NamedTuple):
+  """One communication, as often as the program does it.
+
+  Attributes:
+    kind: of KINDS.
+    dtypes: of what travels, such as ("bf16",).
+    elements: of the whole array that is gathered, reduced or exchanged.
+    bytes: that one device receives, over all times.
+    times: how often.
+    group: devices that take part together.
+  """
+
+  kind: str
+  dtypes: tuple[str, ...]
+  elements: int
+  bytes: float
+  times: int
+  group: int
+
+
+def collectives(text: str) -> list[Collective]:
+  """The communication of a program.
+
+  On a ring of n devices each receives (n - 1) / n of the whole array in an
+  all-gather, a reduce-scatter or an all-to-all, and twice that in an
+  all-reduce. An all-reduce of which every device keeps a slice alone, as TPUs
+  write it, is a reduce-scatter.
+
+  Args:
+    text: of an optimized module, compiled.as_text().
+
+  Returns:
+    All of them, in the order of the text.
+  """
+  found = []
+  computations = _computations(text)
+  times = _times(text, computations)
+  for name, lines in computations.items():
+    if not times[name]:
+      continue
+    started = " ".join(line for line in lines if "AsyncCollectiveStart" in line)
+    for line in lines:
+      match = _OPERATION.search(line)
+      if not match:
+        continue
+      label, _, kind, _ = match.groups()
+      # A TPU spreads a gather over the fusions that it hides behind, and
+      # writes it in each of them; it begins once.
+      if "chain_id" in line and not re.search(rf"%{label}[,)]", started):
+        continue
+      group = _group_size(line)
+      if group == 1:
+        continue
+      arrays = _arrays(kind, line, group)
+      if name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+      found.append(_collective(kind, arrays, group, times[name]))
+  return found
+
+
+def _collective(
+  kind: str, arrays: list[tuple[str, int]], group: int, times: int
+) -> Collective:
+  size = sum(_bytes(dtype) * count for dtype, count in arrays)
+  share = (group - 1) / group
+  moved = {
+    "all-reduce": 2 * share * size,
+    "collective-permute": size,
+  }.get(kind, share * size)
+  return Collective(
+    kind=kind,
+    dtypes=tuple(sorted({dtype for dtype, _ in arrays})),
+    elements=sum(count for _, count in arrays),
+    bytes=moved * times,
+    times=times,
+    group=group,
+  )
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """Name -> lines of every computation."""
+  computations: dict[str, list[str]] = {}
+  lines: list[str] = []
+  for line in text.splitlines():
+    match = _COMPUTATION.match(line)
+    if match:
+      lines = computations.setdefault(match[1], [])
+    elif line.startswith("  "):
+      lines.append(line)
+  return computations
+
+
+def _times(text: str, computations: dict[str, list[str]]) -> dict[str, int]:
+  """How often each computation runs; a while loop of unknown length, once."""
+  entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+  if entry is None:
+    raise ValueError("the text has no ENTRY: it is not an HLO module.")
+  times: dict[str, int] = collections.Counter({entry[1]: 1})
+  # A computation stands before those that call it.
+  for name in reversed(list(computations)):
+    for line in computations[name]:
+      trips = _trips(line, computations) if " while(" in line else 1
+      for one, many in _CALLS.findall(line):
+        for callee in [one] if one else re.findall(r"[\w.\-]+", many):
+          times[callee] += times[name] * trips
+  return times
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """Rounds of a while loop that counts up from zero to a constant."""
+  known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  lines = computations.get(condition[1], []) if condition else []
+  text = "\n".join(lines)
+  limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+  if len(limits) == 1 and "direction=LT" in text:
+    return int(limits[0])
+  return 1
+
+
+def _group_size(line: str) -> int:
+  """Devices of one group; all listed forms of replica_groups."""
+  explicit = re.search(r"replica_groups=\{\{([0-9,]*)\}", line)
+  if explicit:
+    return explicit[1].count(",") + 1
+  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+  if iota:
+    return int(iota[2])
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+    axes = re.findall(r"'([^']*)'", mesh[2])
+    return math.prod(int(sizes[axis]) for axis in axes)
+  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+  return pairs[1].count("{") if pairs else 1
+
+
+def _arrays(kind: str, line: str, group: int) -> list[tuple[str, int]]:
+  """(type, elements) of the whole arrays that a collective works on."""
+  result, _, start = _OPERATION.search(line).groups()[1:]
+  arrays = [
+    (dtype, math.prod(int(n) for n in shape.split(",") if n))
+    for dtype, shape in _SHAPE.findall(result)
+    if shape or kind == "all-reduce"
+  ]
+  if start and kind in ("all-gather", "collective-permute"):
+    arrays = arrays[len(arrays) // 2 :]  # operands stand before results
+  if kind == "reduce-scatter":
+    arrays = [(dtype, count * group) for dtype, count in arrays]
+  return arrays
+
+
+def _bytes(dtype: str) -> float:
+  if dtype in _BYTES:
+    return _BYTES[dtype]
+  bits = re.search(r"\d+", dtype)
+  return int(bits[0]) / 8 if bits else 1

@@ -1,0 +1,249 @@
+"""Planning: reading HLO, the roofline, and what the compiler of TPUs says."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jepa_jax import plan
+from jepa_jax.training import chips, estimate, hlo
+
+# As compilers write it: a loop of five rounds that gathers [8, 6] in bfloat16
+# twice (once spread over two fusions), scatters a gradient while it adds it
+# up, and, outside, a sum over pairs.
+MODULE = """
+HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%begin (p: bf16[2,6]) -> (bf16[2,6], bf16[8,6]) {
+  %p = bf16[2,6]{1,0} parameter(0)
+  %all-gather.9 = bf16[8,6]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="2"}
+  ROOT %s = (bf16[2,6], bf16[8,6]) custom-call(%all-gather.9), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (p: bf16[2,6]) -> bf16[8,6] {
+  %p = bf16[2,6]{1,0} parameter(0)
+  ROOT %all-gather.91 = bf16[8,6]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, frontend_attributes={chain_id="2"}
+}
+
+%all-reduce-scatter.1 (g: bf16[8,6]) -> bf16[2,6] {
+  %g = bf16[8,6]{1,0} parameter(0)
+  %all-reduce.3 = bf16[8,6]{1,0} all-reduce(%g), channel_id=5, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = bf16[2,6]{1,0} dynamic-slice(%all-reduce.3), dynamic_slice_sizes={2,6}
+}
+
+%body (t: (s32[], bf16[2,6])) -> (s32[], bf16[2,6]) {
+  %t = (s32[], bf16[2,6]{1,0}) parameter(0)
+  %all-gather.1 = bf16[8,6]{1,0:T(8,128)(2,1)S(1)} all-gather(%t), channel_id=1, replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
+  %f = (bf16[2,6], bf16[8,6]) fusion(%t), kind=kCustom, calls=%begin
+  %h = bf16[8,6]{1,0} fusion(%f), kind=kCustom, calls=%middle
+  %r = bf16[2,6]{1,0} fusion(%h), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[], bf16[2,6]{1,0}) tuple(%t, %r)
+}
+
+%condition (t: (s32[], bf16[2,6])) -> pred[] {
+  %t = (s32[], bf16[2,6]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[2,6])) -> f32[] {
+  %a = (s32[], bf16[2,6]{1,0}) parameter(0)
+  %loop = (s32[], bf16[2,6]{1,0}) while(%a), condition=%condition, body=%body
+  %all-reduce.7 = (f32[10]{0}, f32[]{:T(128)}) all-reduce(%loop), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %permute = f32[3]{0} collective-permute(%loop), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  ROOT %alone = f32[] all-reduce(%loop), channel_id=9, replica_groups={{0},{1},{2},{3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+  found = [
+    (c.kind, c.dtypes, c.elements, c.bytes, c.times, c.group)
+    for c in hlo.collectives(MODULE)
+  ]
+  array = 8 * 6 * 2 * 3 / 4  # bytes, three quarters of which come from others
+  assert sorted(found) == sorted(
+    [
+      ("all-gather", ("bf16",), 48, 5 * array, 5, 4),
+      ("all-gather", ("bf16",), 48, 5 * array, 5, 4),
+      ("reduce-scatter", ("bf16",), 48, 5 * array, 5, 4),
+      ("all-reduce", ("f32",), 11, 2 * 0.5 * 44, 1, 2),
+      ("collective-permute", ("f32",), 3, 12, 1, 2),
+    ]
+  )
+
+
+def test_a_scattered_result_is_counted_whole():
+  text = """
+ENTRY %main (a: f32[16]) -> f32[4] {
+  %a = f32[16]{0} parameter(0)
+  ROOT %r = f32[4]{0} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""  # noqa: E501
+  (found,) = hlo.collectives(text)
+  assert found == ("reduce-scatter", ("f32",), 16, 48, 1, 4)
+
+
+def test_what_is_no_module_is_refused():
+  with pytest.raises(ValueError, match="ENTRY"):
+    hlo.collectives("nothing")
+
+
+CHIP = chips.Chip(
+  "test",
+  "test",
+  bfloat16_flops=100.0,
+  source="",
+  hbm_bytes=1.0,
+  hbm_bandwidth=10.0,
+  link_bandwidth=2.0,
+)
+
+
+def test_each_part_of_a_step_takes_the_longer_of_its_times():
+  parts = {
+    "encoder": estimate.Cost(flops=300, bytes=10),  # 3 s of operations
+    "predictor": estimate.Cost(flops=100, bytes=40),  # 4 s of bytes
+  }
+  assert estimate.bound(parts, 0, CHIP) == (7.0, "memory")
+  parts["rest"] = estimate.Cost(flops=250, bytes=1)
+  assert estimate.bound(parts, 18, CHIP) == (9.5, "compute")
+  assert estimate.bound(parts, 20, CHIP) == (10.0, "links")
+
+
+@pytest.mark.parametrize(
+  "message, needs, has",
+  [
+    (
+      "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (26.5G) "
+      "exceeds available HBM (15.75G).",
+      26.5 * 2**30,
+      15.75 * 2**30,
+    ),
+    ("Used 900.25M of 512M hbm.", 900.25 * 2**20, 512 * 2**20),
+    ("RESOURCE_EXHAUSTED: no figures", None, None),
+  ],
+)
+def test_the_compilers_figures_of_memory(message, needs, has):
+  assert estimate.needed_and_available(message) == [needs, has]
+
+
+def test_what_does_not_fit_is_a_row_of_the_table():
+  row = {
+    "topology": "v5e:2x2",
+    "mesh": {"data": 1, "fsdp": 4},
+    "remat": "full",
+    "remat_every": 2,
+    "fits": False,
+    "total_bytes": 17.25 * 2**30,
+    "hbm_bytes": 15.75 * 2**30,
+  }
+  head, line = plan.show([row]).splitlines()
+  assert "does not fit" in line and "full/2" in line and "1x4" in line
+  assert line.split()[line.split().index("17.25") + 1] == "15.75"
+  assert plan.best([row]) is None
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"libtpu; pip install -e '\.\[tpu\]'"):
+    estimate.devices_of("v5e:2x2")
+
+
+def test_every_family_of_topologies_has_a_chip_with_its_figures():
+  kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
+  for family, kind in zip(estimate.TOPOLOGIES, kinds, strict=True):
+
+    @dataclasses.dataclass
+    class Device:
+      device_kind: str = kind
+
+    chip = chips.find(Device())
+    assert chip.hbm_bytes and chip.hbm_bandwidth and chip.link_bandwidth
+    sizes = [
+      math.prod(int(n) for n in shape.split("x"))
+      for shape in estimate.TOPOLOGIES[family]
+    ]
+    assert sizes == sorted(sizes)
+
+
+EXPERIMENT = """
+from jepa_jax import config as config_lib
+def get_config():
+  c = config_lib.defaults()
+  c.batch_size = 16
+  c.total = "6 steps"
+  c.optimizer.warmup = "2 steps"
+  c.data.num_examples = 64
+  c.data.image_size = 64
+  c.masks.min_keep = 2
+  c.encoder.update(width=512, depth=3, num_heads=4)
+  c.encoder.patch_size = 8
+  c.predictor.update(width=256, depth=4, num_heads=2)
+  c.mesh.fsdp = 4
+  return c
+"""
+
+
+def run_plan(tmp_path, *flags):
+  (tmp_path / "small.py").write_text(EXPERIMENT)
+  command = [sys.executable, "-m", "jepa_jax.plan", "--config"]
+  return subprocess.run(
+    [*command, str(tmp_path / "small.py"), *flags],
+    capture_output=True,
+    text=True,
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+  )
+
+
+@pytest.mark.tpu
+def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(tmp_path):
+  done = run_plan(tmp_path, "--topology", "v5e:2x2", "--json")
+  assert done.returncode == 0, done.stderr
+  (row,) = json.loads(done.stdout)
+  assert row["fits"] and row["chips"] == 4 and row["note"] == estimate.NOTE
+  moved = {(c["kind"], c["dtype"]): c["bytes"] for c in row["collectives"]}
+  kernels = lambda width, depth: depth * 12 * width**2
+  encoder = kernels(512, 3) + 8 * 8 * 3 * 512
+  predictor = kernels(256, 4) + 2 * 512 * 256
+  # The target encoder's pass, the context's and the predictor's, and back.
+  gathered = 3 * encoder + 2 * predictor
+  share = 2 * 3 / 4
+  assert moved.pop(("all-gather", "bf16")) == pytest.approx(
+    share * gathered, rel=0.02
+  )
+  assert moved.pop(("reduce-scatter", "bf16")) == pytest.approx(
+    share * (encoder + predictor), rel=0.02
+  )
+  assert sum(moved.values()) < 0.02 * share * gathered
+
+
+@pytest.mark.tpu
+def test_an_unknown_topology_is_answered_with_the_known_ones(tmp_path):
+  done = run_plan(tmp_path, "--topology", "v5e:3x5")
+  assert done.returncode == 2
+  assert done.stderr.count("\n") == 1 and "v5e:8x8" in done.stderr
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit_says_how_much_it_needs(tmp_path):
+  done = run_plan(
+    tmp_path,
+    "--topology=v5e:2x2",
+    "--config.batch_size=65536",
+    "--json",
+  )
+  (row,) = json.loads(done.stdout)
+  assert not row["fits"]
+  assert row["total_bytes"] > row["hbm_bytes"] > 15 * 2**30
