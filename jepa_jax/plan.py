@@ -26,9 +26,9 @@ def search(
 ) -> Iterator[estimate.Row]:
   """The smallest slice of a family that fits, and what is best on it.
 
-  Slices grow until one holds the step with everything split and computed
-  again. On that one, the policies that compute less again follow, and plain
-  data parallelism.
+  Slices grow until one holds the step with its state split, over eight devices
+  or over all, and everything computed again. On that one follow what computes
+  less again, and a copy of the state on every device.
 
   Args:
     config: see jepa_jax.config; its mesh and remat are replaced.
@@ -51,24 +51,25 @@ def search(
   ) -> estimate.Row:
     c = config.copy_and_resolve_references()
     with c.unlocked():
-      c.mesh.update(data=-1 if fsdp != -1 else 1, fsdp=fsdp)
+      c.mesh.update(data=-1, fsdp=fsdp)
       c.compute.update(remat=remat, remat_every=every)
     return estimate.step(c, f"{family}:{shape}")
 
+  images = config.batch_size // config.accumulate_steps
   for shape in shapes:
-    if (
-      config.batch_size
-      // config.accumulate_steps
-      % len(estimate.devices_of(f"{family}:{shape}"))
-    ):
+    devices = len(estimate.devices_of(f"{family}:{shape}"))
+    if images % devices:
       continue
-    row = attempt(shape, -1, "full")
-    yield row
-    if row["fits"]:
-      for remat, every in (("full", 2), ("dots", 1), ("none", 1)):
-        yield attempt(shape, -1, remat, every)
-      yield attempt(shape, 1, "full")
-      return
+    for fsdp in sorted({min(8, devices), devices}):
+      row = attempt(shape, fsdp, "full")
+      yield row
+      if row["fits"]:
+        yield attempt(shape, fsdp, "full", 2)
+        for remat in ("dots", "products", "none"):
+          yield attempt(shape, fsdp, remat)
+        if fsdp > 1:
+          yield attempt(shape, 1, "full")
+        return
 
 
 def best(rows: list[estimate.Row]) -> estimate.Row | None:

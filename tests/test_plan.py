@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from jepa_jax import config as config_lib
 from jepa_jax import plan
 from jepa_jax.training import chips, estimate, hlo
 
@@ -153,6 +154,45 @@ def test_what_does_not_fit_is_a_row_of_the_table():
   assert "does not fit" in line and "full/2" in line and "1x4" in line
   assert line.split()[line.split().index("17.25") + 1] == "15.75"
   assert plan.best([row]) is None
+
+
+def test_search_stops_at_the_smallest_slice_that_fits(monkeypatch):
+  tried = []
+
+  def step(config, topology):
+    mesh, remat = config.mesh.fsdp, config.compute.remat
+    tried.append((topology, mesh, remat, config.compute.remat_every))
+    fits = topology == "v5e:4x4" and mesh == 16 and remat != "none"
+    return {
+      "fits": fits,
+      "images_per_second_per_chip": len(remat),
+      "chips": 16,
+      "remat": remat,
+    }
+
+  count = lambda t: (
+    [None] * math.prod(int(n) for n in t.partition(":")[2].split("x"))
+  )
+  monkeypatch.setattr(estimate, "step", step)
+  monkeypatch.setattr(estimate, "devices_of", count)
+  config = config_lib.defaults()
+  config.batch_size = 32  # of which 4 x 8 chips get one each
+  rows = list(plan.search(config, "v5e:8x8"))
+  assert tried == [
+    ("v5e:1x1", 1, "full", 1),
+    ("v5e:2x2", 4, "full", 1),
+    ("v5e:2x4", 8, "full", 1),
+    ("v5e:4x4", 8, "full", 1),
+    ("v5e:4x4", 16, "full", 1),
+    ("v5e:4x4", 16, "full", 2),
+    ("v5e:4x4", 16, "dots", 1),
+    ("v5e:4x4", 16, "products", 1),
+    ("v5e:4x4", 16, "none", 1),
+    ("v5e:4x4", 1, "full", 1),
+  ]
+  assert plan.best(rows)["remat"] == "products"
+  with pytest.raises(ValueError, match="v5e:8x8"):
+    list(plan.search(config, "v5e:3x3"))
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
