@@ -128,7 +128,7 @@ def under_slurm(*arguments):
       )
     )
   try:
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate(timeout=900) for process in processes]
   finally:
     for process in processes:
       process.kill()
@@ -145,7 +145,7 @@ def run(*arguments, devices=4):
     [sys.executable, *map(str, arguments)],
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
     env=environment(devices),
   )
   return done.returncode, done.stdout, done.stderr
@@ -306,6 +306,7 @@ def test_checkpoints_restore_on_other_meshes_and_process_counts(
   assert_equal(restore(file, tmp_path / "copy")[1], expected)
 
 
+@pytest.mark.slow  # three pairs of processes
 def test_a_kill_ends_both_and_a_signal_stops_both_and_all_goes_on(
   file, whole, tmp_path
 ):
