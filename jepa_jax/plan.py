@@ -89,7 +89,7 @@ def show(rows: list[estimate.Row]) -> str:
     if row["remat_every"] > 1 and remat != "none":
       remat += f"/{row['remat_every']}"
     mesh = "x".join(str(n) for n in row["mesh"].values())
-    gib = lambda name: f"{(row.get(name) or math.nan) / _GIB:.2f}"
+    gib = lambda name: f"{row[name] / _GIB:.2f}" if row.get(name) else ""
     line = (row["topology"], mesh, remat, gib("argument_bytes"))
     line += (gib("temporary_bytes"), gib("total_bytes"), gib("hbm_bytes"))
     if row["fits"]:
