@@ -123,6 +123,36 @@ def test_each_part_of_a_step_takes_the_longer_of_its_times():
   assert estimate.bound(parts, 20, CHIP) == (10.0, "links")
 
 
+def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
+  class Compiled:
+    def __init__(self, config):
+      config_lib.check(config)
+      self.blocks = config.encoder.depth, config.predictor.depth
+      assert not config.compute.scan and config.batch_size == 8
+
+    def cost_analysis(self):
+      encoder, predictor = self.blocks
+      flops = 7 + 10 * encoder + 3 * predictor
+      return {"flops": flops, "bytes accessed": 2 * flops}
+
+  monkeypatch.setattr(
+    estimate, "compile_step", lambda config, _: (None, Compiled(config))
+  )
+  config = config_lib.defaults()
+  config.evaluations.imagenet = config_lib.evaluation("label")
+  config.encoder.depth, config.predictor.depth = 32, 12
+  config.batch_size, config.accumulate_steps = 16, 2
+  config.compute.update(remat="full", remat_every=2)
+  parts = estimate.costs(config, [])
+  cost = lambda flops: estimate.Cost(2 * flops, 4 * flops)
+  # Two of the predictor's blocks, first and last, stay in the rest.
+  assert parts == {
+    "encoder": cost(10 * 32),
+    "predictor": cost(3 * 10),
+    "rest": cost(7 + 3 * 2),
+  }
+
+
 @pytest.mark.parametrize(
   "message, needs, has",
   [

@@ -161,6 +161,7 @@ def costs(
     with c.unlocked():
       c.encoder.depth, c.predictor.depth = encoder, predictor
       c.compute.scan = False
+      c.evaluations = ml_collections.ConfigDict()  # may ask for more layers
       c.batch_size //= c.accumulate_steps
       c.accumulate_steps = 1
     analysis = compile_step(c, devices)[1].cost_analysis()
