@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jepa_jax import models
-from jepa_jax.models import vit
+from jepa_jax.models import transformer
 
 B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
 SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
@@ -35,8 +35,8 @@ def test_the_attention_of_jax_is_the_same(padded):
   key, value = (jax.random.normal(k, (2, 3, 6, 5)) for k in keys[1:])
   valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
   np.testing.assert_allclose(
-    vit.attend_with_jax(query, key, value, valid, "xla"),
-    vit.attend(query, key, value, valid),
+    transformer.attend_with_jax(query, key, value, valid, "xla"),
+    transformer.attend(query, key, value, valid),
     atol=1e-6,
   )
 
@@ -45,9 +45,9 @@ def test_every_block_uses_the_attention_that_is_asked_for(
   images, variables, monkeypatch
 ):
   asked = []
-  whole = vit.attend_with_jax
+  whole = transformer.attend_with_jax
   monkeypatch.setattr(
-    vit, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
+    transformer, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
   )
   other = models.Encoder(**SETTINGS, attention="xla").apply(variables, images)
   assert set(asked) == {"xla"} and len(asked) >= 5
@@ -206,7 +206,7 @@ def test_attention_matches_flax():
     swap(q), swap(k), swap(v), mask=valid[:, None, None]
   )
   np.testing.assert_allclose(
-    vit.attend(q, k, v, valid), swap(expected), atol=1e-4
+    transformer.attend(q, k, v, valid), swap(expected), atol=1e-4
   )
 
 

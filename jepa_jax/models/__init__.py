@@ -8,12 +8,12 @@ Axes, here and in every room that builds on this one:
   D encoder width, P predictor width, L layers.
 """
 
+from jepa_jax.models.transformer import layout
 from jepa_jax.models.vit import (
   SIZES,
   Encoder,
   Predictor,
   gather_patches,
-  layout,
   patch_grid,
   patchify,
   sincos_positions,

@@ -1,0 +1,407 @@
+"""Transformer blocks: what the encoder and the predictor are made of.
+
+The parameters of all blocks are stacked along a leading layer axis, [L, ...],
+whether the blocks are scanned or unrolled. So one checkpoint serves both, and
+the optimizer and the moving average walk over few large arrays.
+
+Reference: Dosovitskiy et al. 2021, arXiv:2010.11929.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Dtype = Any
+
+# What a block keeps for its backward pass: everything, matrix products, those
+# with weights, or nothing but its input.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "products": jax.checkpoint_policies.dots_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# The released code truncates at 100 standard deviations: a plain normal.
+KERNEL_INIT = nn.initializers.normal(stddev=0.02)
+NORM_EPSILON = 1e-6
+
+_layout = contextvars.ContextVar("layout", default=(None, None))
+
+
+@contextlib.contextmanager
+def layout(
+  activations: Callable[[jax.Array], jax.Array] | None,
+  weights: Callable[[Any], Any] | None,
+) -> Iterator[None]:
+  """Says where networks that are traced within keep what they compute.
+
+  Args:
+    activations: applied to what goes into every block, [B, N, D], where B may
+      be a multiple of the batch; None leaves it where it is.
+    weights: applied to the parameters of one block at a time, before their
+      use and, for the backward pass, once more: what it returns is not kept.
+      None leaves them where they are.
+  """
+  token = _layout.set((activations, weights))
+  try:
+    yield
+  finally:
+    _layout.reset(token)
+
+
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array | None,
+) -> jax.Array:
+  """Scaled dot-product attention; scores and softmax in float32.
+
+  Args:
+    query: [B, heads, Q, head_dim].
+    key: [B, heads, N, head_dim].
+    value: [B, heads, N, head_dim].
+    valid: [B, N] bool, False for padding that no query may see, or None.
+
+  Returns:
+    [B, heads, Q, head_dim] in the type of value.
+  """
+  scores = jnp.einsum(
+    "bhqd,bhkd->bhqk",
+    query * (query.shape[-1] ** -0.5),
+    key,
+    preferred_element_type=jnp.float32,
+  )
+  if valid is not None:
+    scores = jnp.where(valid[:, None, None, :], scores, -1e30)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+
+
+def attend_with_jax(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array | None,
+  implementation: str,
+) -> jax.Array:
+  """What `attend` does, by jax.nn.dot_product_attention.
+
+  Args:
+    query: as of attend, and so key, value and valid.
+    key: see query.
+    value: see query.
+    valid: see query.
+    implementation: "cudnn" (NVIDIA GPUs; 16 bits; fused) or "xla".
+
+  Returns:
+    [B, heads, Q, head_dim].
+  """
+  tokens_first = lambda x: x.transpose(0, 2, 1, 3)  # [B, tokens, heads, _]
+  y = jax.nn.dot_product_attention(
+    *map(tokens_first, (query, key, value)),
+    mask=None if valid is None else valid[:, None, None, :],
+    implementation=implementation,
+  )
+  return tokens_first(y)
+
+
+# The backward pass needs its input alone, not the error function besides.
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+  # Through erf: XLA has a fast polynomial for it on CPU and not for the erfc
+  # of jax.nn.gelu.
+  return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+class Dense(nn.Module):
+  """Linear layer: kernel [in, features], bias [features], both float32."""
+
+  features: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., in] -> [..., features]."""
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", KERNEL_INIT, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape[1:])
+    # Flat, or XLA on CPU transposes operands for the weights' gradient: six
+    # blocks' backward pass took 1.6 times as long.
+    rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+    rows = rows @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+    return rows.reshape(*x.shape[:-1], self.features)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: attention, then a two-layer perceptron.
+
+  `attention` is "own" for `attend`, or see `attend_with_jax`.
+  """
+
+  num_heads: int
+  mlp_ratio: float = 4.0
+  dropout: float = 0.0
+  dtype: Dtype = jnp.float32
+  norm_epsilon: float = NORM_EPSILON
+  attention: str = "own"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    valid: jax.Array | None = None,
+    drop_path: jax.Array | float | None = None,
+    *,
+    first: int = 0,
+  ) -> jax.Array:
+    """Applies the block.
+
+    Args:
+      x: [B, N, D].
+      valid: [B, N] bool, or None where nothing is padded.
+      drop_path: probability of leaving out each residual branch for an
+        image; None in inference. Also switches dropout on.
+      first: of the patches whose output is wanted; those before it give keys
+        and values alone.
+
+    Returns:
+      [B, N - first, D].
+    """
+    train = drop_path is not None
+    norm = functools.partial(
+      nn.LayerNorm,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      use_fast_variance=False,
+    )
+    dense = functools.partial(Dense, dtype=self.dtype)
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    b, n, d = x.shape
+
+    def keep_path(branch: jax.Array) -> jax.Array:
+      if not train or self.is_initializing():
+        return branch
+      keep = 1.0 - jnp.asarray(drop_path, branch.dtype)
+      alive = jax.random.bernoulli(self.make_rng("dropout"), keep, (b, 1, 1))
+      return jnp.where(alive, branch / keep, 0).astype(branch.dtype)
+
+    y = norm(name="norm1")(x)
+    qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
+    qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
+    query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, head_dim]
+    query = query[:, :, first:]
+    if self.attention == "own":
+      y = attend(query, key, value, valid)
+    else:
+      y = attend_with_jax(query, key, value, valid, self.attention)
+    y = y.transpose(0, 2, 1, 3).reshape(b, n - first, d)
+    x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
+
+    y = norm(name="norm2")(x)
+    # Cut, not rounded, as released; the epsilon mends ratios such as 209 / 48.
+    y = dense(int(self.mlp_ratio * d + 1e-6), name="fc1")(y)
+    y = drop(_gelu(y))
+    return x + keep_path(drop(dense(d, name="fc2")(y)))
+
+
+class Transformer(nn.Module):
+  """A stack of blocks whose parameters lie in arrays of shape [L, ...].
+
+  Attributes:
+    depth: number of blocks, L.
+    num_heads: attention heads a block.
+    mlp_ratio: hidden width of the perceptron over the block's width.
+    dropout: probability of dropping an activation, in training.
+    drop_path: stochastic depth; the last block's probability, growing
+      linearly from 0 at the first.
+    dtype: of the computation; parameters are float32.
+    scan: compiles one block and loops over it (short compiles, for deep
+      models on TPU and GPU); False unrolls (faster on CPU).
+    remat: what blocks compute again for the backward pass: "none" nothing,
+      "products" all but matrix products, "dots" all but products with
+      weights, "full" everything.
+    remat_every: n to apply remat to every n-th block alone.
+    attention: see Block.
+    norm_epsilon: added to the variance in every LayerNorm.
+  """
+
+  depth: int
+  num_heads: int
+  mlp_ratio: float = 4.0
+  dropout: float = 0.0
+  drop_path: float = 0.0
+  dtype: Dtype = jnp.float32
+  scan: bool = False
+  remat: str = "none"
+  remat_every: int = 1
+  attention: str = "own"
+  norm_epsilon: float = NORM_EPSILON
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    layers: int = 1,
+    train: bool = False,
+    first: int = 0,
+  ) -> list[jax.Array]:
+    """Applies all blocks.
+
+    Args:
+      x: [B, N, D].
+      valid: [B, N] bool, or None where nothing is padded.
+      layers: how many of the last blocks' outputs to return.
+      train: draws dropout and stochastic depth from the rng "dropout".
+      first: of the patches whose output of the last block is wanted: those
+        before it cost that block their keys and values alone.
+
+    Returns:
+      The outputs of the last `layers` blocks, in order, each [B, N, D], the
+      last [B, N - first, D].
+
+    Raises:
+      ValueError: unknown remat policy, more layers asked than there are, or
+        a width that the heads do not divide.
+    """
+    self._check(x.shape[-1], layers)
+    block = Block(
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      norm_epsilon=self.norm_epsilon,
+      attention=self.attention,
+      parent=None,
+    )
+
+    def init_blocks(rng: jax.Array) -> Any:
+      sample = jnp.zeros((1, 1, x.shape[-1]), x.dtype)
+      return jax.vmap(lambda r: block.init(r, sample)["params"])(
+        jax.random.split(rng, self.depth)
+      )
+
+    params = self.param("blocks", init_blocks)
+    stochastic = train and (self.dropout > 0 or self.drop_path > 0)
+    per_layer: dict[str, jax.Array] = {}
+    if stochastic:
+      per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
+      per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
+
+    spread, gather = _layout.get()
+
+    def apply_block(
+      x: jax.Array, layer: tuple[Any, Any], first: int
+    ) -> jax.Array:
+      weights, extra = layer
+      weights = gather(weights) if gather else weights
+      x = spread(x) if spread else x
+      rngs = {"dropout": extra["rng"]} if stochastic else None
+      return block.apply(
+        {"params": weights},
+        x,
+        valid,
+        extra.get("drop_path"),
+        first=first,
+        rngs=rngs,
+      )
+
+    every = self.remat_every if self.remat != "none" else 1
+    group = [_remat(apply_block, self.remat, gather is not None)]
+    group += [_remat(apply_block, "none", gather is not None)] * (every - 1)
+
+    def apply_group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+      for apply, layer in zip(group, layers):
+        x = apply(x, layer, 0)
+      return x, None
+
+    # The scan hands on its last output alone; what else is wanted is unrolled.
+    stacked = (params, per_layer)
+    scanned = 0
+    if self.scan:
+      scanned = self.depth
+      if layers > 1 or first:
+        scanned -= layers
+      scanned -= scanned % every
+    if scanned:
+      # The slices that the scan makes go straight to the blocks: it keeps
+      # what is made of a slice for the backward pass, and not the slice.
+      head = jax.tree.map(lambda leaf: leaf[:scanned], stacked)
+      if every > 1:
+        head = jax.tree.map(
+          lambda leaf: leaf.reshape(-1, every, *leaf.shape[1:]), head
+        )
+        xs = _unstack(head, 0, every, axis=1)
+      else:
+        xs = [head]
+      x, _ = jax.lax.scan(apply_group, x, xs)
+    outputs = [x]
+    for i, layer in enumerate(_unstack(stacked, scanned, self.depth), scanned):
+      last = i == self.depth - 1
+      x = group[i % every](x, layer, first if last else 0)
+      outputs.append(x)
+    return outputs[-layers:]
+
+  def _check(self, width: int, layers: int) -> None:
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(
+        f'unknown remat policy "{self.remat}"; known: '
+        f"{', '.join(REMAT_POLICIES)}."
+      )
+    if self.remat_every < 1:
+      raise ValueError(f"remat_every is {self.remat_every}; at least 1.")
+    if not 1 <= layers <= self.depth:
+      raise ValueError(
+        f"the last {layers} layers were asked of {self.depth}; ask for 1 to "
+        f"{self.depth}."
+      )
+    if width % self.num_heads:
+      raise ValueError(
+        f"width {width} is not a multiple of {self.num_heads} heads; change "
+        "one of them."
+      )
+
+
+def _remat(function: Callable[..., Any], name: str, gathers: bool) -> Any:
+  """Makes a block recompute what the policy says, and its gathered weights."""
+  if name == "none" and not gathers:
+    return function
+
+  def keeps(primitive: Any, *args: Any, **params: Any) -> bool:
+    # What only changed its layout is made again: a gathered weight that is
+    # kept would fill the memory that splitting it saved.
+    if primitive.name == "sharding_constraint":
+      return False
+    return REMAT_POLICIES[name](primitive, *args, **params)
+
+  return jax.checkpoint(function, policy=keeps, static_argnums=2)
+
+
+def _unstack(tree: Any, start: int, stop: int, axis: int = 0) -> list[Any]:
+  """Splits an axis of all leaves into a list of trees."""
+  leaves, structure = jax.tree.flatten(tree)
+
+  def split(leaf: jax.Array) -> list[jax.Array]:
+    count = leaf.shape[axis]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return [jnp.take(leaf, i, axis=axis) for i in range(count)]
+    # One split, whose transpose is one concatenation: indexing layer by layer
+    # would pad and add a full stack of gradients for every layer.
+    parts = jax.lax.split(leaf, [1] * count, axis=axis)
+    return [jnp.squeeze(part, axis) for part in parts]
+
+  columns = [split(leaf) for leaf in leaves]
+  return [
+    jax.tree.unflatten(structure, [column[i] for column in columns])
+    for i in range(start, stop)
+  ]
