@@ -30,13 +30,11 @@ def variables(images):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_attention_of_jax_is_the_same(padded):
-  keys = jax.random.split(jax.random.key(0), 3)
-  query = jax.random.normal(keys[0], (2, 3, 4, 5))
-  key, value = (jax.random.normal(k, (2, 3, 6, 5)) for k in keys[1:])
+  qkv = jax.random.normal(jax.random.key(0), (2, 6, 3, 3, 5))
   valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
   np.testing.assert_allclose(
-    transformer.attend_with_jax(query, key, value, valid, "xla"),
-    transformer.attend(query, key, value, valid),
+    transformer.attend_with_jax(qkv, valid, 2, "xla"),
+    transformer.attend(qkv, valid, 2),
     atol=1e-6,
   )
 
@@ -62,7 +60,7 @@ def test_layout_is_asked_for_blocks_and_forgotten(images, variables):
   ):
     seen = models.Encoder(**SETTINGS).apply(variables, images)
   assert set(inputs) == {(B, 15, 28)}
-  assert {w["fc1"]["kernel"].shape for w in blocks} == {(28, 112)}
+  assert {(28, 84), (28, 28), (28, 112), (112, 28)} < {w.shape for w in blocks}
   count = len(blocks)
   expected = models.Encoder(**SETTINGS).apply(variables, images)
   np.testing.assert_allclose(seen, expected, atol=1e-6)
@@ -197,17 +195,50 @@ def test_stochastic_parts_act_in_training_alone(images, variables, rate):
   assert not np.allclose(draw(0), plain)
 
 
-def test_attention_matches_flax():
-  shape = (2, 3, 5, 7)  # B, heads, N, head_dim
-  q, k, v = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
+@pytest.mark.parametrize("first", [0, 2])
+def test_attention_and_its_gradient_match_flax(first):
+  qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 4, 7))
   valid = jnp.asarray([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]], bool)
-  swap = lambda x: x.transpose(0, 2, 1, 3)
-  expected = nn.dot_product_attention(
-    swap(q), swap(k), swap(v), mask=valid[:, None, None]
-  )
-  np.testing.assert_allclose(
-    transformer.attend(q, k, v, valid), swap(expected), atol=1e-4
-  )
+  weights = jax.random.normal(jax.random.key(1), (2, 5 - first, 28))
+
+  def flax(qkv):
+    q, k, v = qkv[:, first:, 0], qkv[:, :, 1], qkv[:, :, 2]
+    y = nn.dot_product_attention(q, k, v, mask=valid[:, None, None])
+    return y.reshape(weights.shape)
+
+  own = lambda qkv: transformer.attend(qkv, valid, first)
+  np.testing.assert_allclose(own(qkv), flax(qkv), atol=1e-5)
+  gradient = lambda f: jax.grad(lambda qkv: (f(qkv) * weights).sum())(qkv)
+  np.testing.assert_allclose(gradient(own), gradient(flax), atol=1e-5)
+  np.testing.assert_array_equal(gradient(own)[0, 2, 1:], 0)  # padding
+  np.testing.assert_array_equal(gradient(own)[:, :first, 0], 0)
+
+
+def test_attention_in_bfloat16_rounds_its_weights_and_no_more():
+  """Weights kept in 16 bits cost the gradient no more than its own inputs."""
+  qkv = jax.random.normal(jax.random.key(0), (4, 64, 3, 4, 32))
+  short = qkv.astype(jnp.bfloat16)
+  far = jax.random.normal(jax.random.key(1), (4, 64, 128))
+
+  def kept_in_float32(qkv):
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    scores = jnp.einsum(
+      "bhqd,bhkd->bhqk",
+      q * 32**-0.5,
+      k,
+      preferred_element_type=jnp.float32,
+    )
+    y = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+    return y.transpose(0, 2, 1, 3).reshape(far.shape)
+
+  def gradient(f, qkv):
+    g = jax.grad(lambda qkv: (f(qkv).astype(jnp.float32) * far).sum())(qkv)
+    return np.asarray(g, np.float32)
+
+  exact = gradient(kept_in_float32, short.astype(jnp.float32))
+  error = lambda f: np.linalg.norm(gradient(f, short) - exact)
+  assert error(transformer.attend) < 1.1 * error(kept_in_float32)
+  assert error(transformer.attend) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.fixture(scope="module")

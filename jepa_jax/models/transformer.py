@@ -46,9 +46,9 @@ def layout(
   Args:
     activations: applied to what goes into every block, [B, N, D], where B may
       be a multiple of the batch; None leaves it where it is.
-    weights: applied to the parameters of one block at a time, before their
-      use and, for the backward pass, once more: what it returns is not kept.
-      None leaves them where they are.
+    weights: applied to the kernel of one layer at a time, before its use and,
+      for the backward pass, once more: what it returns is not kept. None
+      leaves them where they are.
   """
   token = _layout.set((activations, weights))
   try:
@@ -58,68 +58,128 @@ def layout(
 
 
 def attend(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  valid: jax.Array | None,
+  qkv: jax.Array, valid: jax.Array | None = None, first: int = 0
 ) -> jax.Array:
   """Scaled dot-product attention; scores and softmax in float32.
 
   Args:
-    query: [B, heads, Q, head_dim].
-    key: [B, heads, N, head_dim].
-    value: [B, heads, N, head_dim].
+    qkv: [B, N, 3, heads, head_dim], queries, keys and values.
     valid: [B, N] bool, False for padding that no query may see, or None.
+    first: of the patches whose output is wanted.
 
   Returns:
-    [B, heads, Q, head_dim] in the type of value.
+    [B, N - first, heads * head_dim].
   """
+  return _attend(qkv, valid, first)
+
+
+# Kept for the backward pass are arrays that are there already, and the
+# attention weights in the type in which they met the values: left to itself,
+# JAX keeps these in float32 besides, and queries, keys and values with a last
+# axis so short that a TPU fills it up.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(qkv: jax.Array, valid: jax.Array | None, first: int) -> jax.Array:
+  return _attend_forward(qkv, valid, first)[0]
+
+
+def _heads_first(
+  qkv: jax.Array, first: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Scaled queries, keys and values, each [B, heads, tokens, head_dim]."""
+  query, key, value = qkv.transpose(2, 0, 3, 1, 4)
+  return query[:, :, first:] * (qkv.shape[-1] ** -0.5), key, value
+
+
+def _attend_forward(
+  qkv: jax.Array, valid: jax.Array | None, first: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  query, key, value = _heads_first(qkv, first)
   scores = jnp.einsum(
-    "bhqd,bhkd->bhqk",
-    query * (query.shape[-1] ** -0.5),
-    key,
-    preferred_element_type=jnp.float32,
+    "bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32
   )
   if valid is not None:
     scores = jnp.where(valid[:, None, None, :], scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+  y = jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
+  y = y.reshape(*y.shape[:2], -1)
+  return y, (qkv, weights, y)
+
+
+def _attend_backward(
+  first: int, kept: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, None]:
+  qkv, weights, y = kept
+  query, key, value = _heads_first(qkv, first)
+  split = lambda x: x.reshape(*x.shape[:2], *qkv.shape[3:])
+  # For every row the sum of its weights times their gradients, from arrays
+  # that are far smaller.
+  # Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
+  total = jnp.einsum(
+    "bqhd,bqhd->bhq", split(dy), split(y), preferred_element_type=jnp.float32
+  )
+  dy = split(dy).transpose(0, 2, 1, 3)
+  dweights = jnp.einsum(
+    "bhqd,bhkd->bhqk", dy, value, preferred_element_type=jnp.float32
+  )
+  dscores = (weights * (dweights - total[..., None])).astype(qkv.dtype)
+  dquery = jnp.einsum("bhqk,bhkd->bhqd", dscores, key)
+  dquery = jnp.pad(
+    dquery * (qkv.shape[-1] ** -0.5), ((0, 0), (0, 0), (first, 0), (0, 0))
+  )
+  dkey = jnp.einsum("bhqk,bhqd->bhkd", dscores, query)
+  dvalue = jnp.einsum("bhqk,bhqd->bhkd", weights, dy)
+  return jnp.stack((dquery, dkey, dvalue)).transpose(1, 3, 0, 2, 4), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_with_jax(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  valid: jax.Array | None,
-  implementation: str,
+  qkv: jax.Array, valid: jax.Array | None, first: int, implementation: str
 ) -> jax.Array:
   """What `attend` does, by jax.nn.dot_product_attention.
 
   Args:
-    query: as of attend, and so key, value and valid.
-    key: see query.
-    value: see query.
-    valid: see query.
+    qkv: as of attend, and so valid and first.
+    valid: see qkv.
+    first: see qkv.
     implementation: "cudnn" (NVIDIA GPUs; 16 bits; fused) or "xla".
 
   Returns:
-    [B, heads, Q, head_dim].
+    [B, N - first, heads * head_dim].
   """
-  tokens_first = lambda x: x.transpose(0, 2, 1, 3)  # [B, tokens, heads, _]
   y = jax.nn.dot_product_attention(
-    *map(tokens_first, (query, key, value)),
+    qkv[:, first:, 0],
+    qkv[:, :, 1],
+    qkv[:, :, 2],
     mask=None if valid is None else valid[:, None, None, :],
     implementation=implementation,
   )
-  return tokens_first(y)
+  return y.reshape(*y.shape[:2], -1)
 
 
-# The backward pass needs its input alone, not the error function besides.
+# For the backward pass, GELU and LayerNorm keep their input alone: what they
+# make of it costs more memory than time.
+LayerNorm = nn.remat(nn.LayerNorm)
+
+
 @jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
   # Through erf: XLA has a fast polynomial for it on CPU and not for the erfc
   # of jax.nn.gelu.
   return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Rows [R, in] times a kernel [in, out], gathered where the layout says."""
+  _, gather = _layout.get()
+  if gather is None:
+    return rows @ kernel
+  # A gathered kernel that is kept for the backward pass would fill the memory
+  # that splitting it saved: it is gathered once more.
+  return jax.checkpoint(lambda rows, kernel: rows @ gather(kernel))(
+    rows, kernel
+  )
 
 
 class Dense(nn.Module):
@@ -137,7 +197,7 @@ class Dense(nn.Module):
     # Flat, or XLA on CPU transposes operands for the weights' gradient: six
     # blocks' backward pass took 1.6 times as long.
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    rows = rows @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+    rows = _product(rows, kernel.astype(self.dtype)) + bias.astype(self.dtype)
     return rows.reshape(*x.shape[:-1], self.features)
 
 
@@ -178,7 +238,7 @@ class Block(nn.Module):
     """
     train = drop_path is not None
     norm = functools.partial(
-      nn.LayerNorm,
+      LayerNorm,
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
       use_fast_variance=False,
@@ -197,13 +257,10 @@ class Block(nn.Module):
     y = norm(name="norm1")(x)
     qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
     qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
-    query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, head_dim]
-    query = query[:, :, first:]
     if self.attention == "own":
-      y = attend(query, key, value, valid)
+      y = attend(qkv, valid, first)
     else:
-      y = attend_with_jax(query, key, value, valid, self.attention)
-    y = y.transpose(0, 2, 1, 3).reshape(b, n - first, d)
+      y = attend_with_jax(qkv, valid, first, self.attention)
     x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
 
     y = norm(name="norm2")(x)
@@ -298,13 +355,12 @@ class Transformer(nn.Module):
       per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
       per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
 
-    spread, gather = _layout.get()
+    spread, _ = _layout.get()
 
     def apply_block(
       x: jax.Array, layer: tuple[Any, Any], first: int
     ) -> jax.Array:
       weights, extra = layer
-      weights = gather(weights) if gather else weights
       x = spread(x) if spread else x
       rngs = {"dropout": extra["rng"]} if stochastic else None
       return block.apply(
@@ -317,8 +373,10 @@ class Transformer(nn.Module):
       )
 
     every = self.remat_every if self.remat != "none" else 1
-    group = [_remat(apply_block, self.remat, gather is not None)]
-    group += [_remat(apply_block, "none", gather is not None)] * (every - 1)
+    group = [apply_block] * every
+    if self.remat != "none":
+      policy = REMAT_POLICIES[self.remat]
+      group[0] = jax.checkpoint(apply_block, policy=policy, static_argnums=2)
 
     def apply_group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
       for apply, layer in zip(group, layers):
@@ -370,21 +428,6 @@ class Transformer(nn.Module):
         f"width {width} is not a multiple of {self.num_heads} heads; change "
         "one of them."
       )
-
-
-def _remat(function: Callable[..., Any], name: str, gathers: bool) -> Any:
-  """Makes a block recompute what the policy says, and its gathered weights."""
-  if name == "none" and not gathers:
-    return function
-
-  def keeps(primitive: Any, *args: Any, **params: Any) -> bool:
-    # What only changed its layout is made again: a gathered weight that is
-    # kept would fill the memory that splitting it saved.
-    if primitive.name == "sharding_constraint":
-      return False
-    return REMAT_POLICIES[name](primitive, *args, **params)
-
-  return jax.checkpoint(function, policy=keeps, static_argnums=2)
 
 
 def _unstack(tree: Any, start: int, stop: int, axis: int = 0) -> list[Any]:

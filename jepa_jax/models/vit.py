@@ -225,7 +225,7 @@ class Encoder(nn.Module):
       norm_epsilon=self.norm_epsilon,
       name="transformer",
     )(x, valid, layers=layers, train=train)
-    norm = nn.LayerNorm(
+    norm = transformer.LayerNorm(
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
       use_fast_variance=False,
@@ -346,7 +346,7 @@ class Predictor(nn.Module):
       attention=self.attention,
       name="transformer",
     )(pair(seen, asked), valid, train=train, first=k)
-    x = nn.LayerNorm(
+    x = transformer.LayerNorm(
       epsilon=transformer.NORM_EPSILON,
       dtype=self.dtype,
       use_fast_variance=False,
