@@ -107,6 +107,10 @@ def defaults() -> ml_collections.ConfigDict:
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
   c.mesh.data = -1  # splits the batch
   c.mesh.fsdp = 1  # splits the batch, parameters and their moments
+  # (pattern of a parameter's path, "split" over fsdp or "replicate"), the
+  # first that matches; the moving average and the moments follow.
+  c.sharding = ((r"(bias|scale|mask_token|count|step)$", "replicate"),)
+  c.sharding += ((".*", "split"),)
 
   c.log_every = "50 steps"
   c.checkpoint = ml_collections.ConfigDict()
@@ -173,7 +177,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
       return ml_collections.ConfigDict(
         {k: restore(v) for k, v in value.items()}
       )
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(restore, value)) if isinstance(value, list) else value
 
   try:
     return restore(json.loads(path.read_text()))
@@ -305,6 +309,14 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"{name}.width {network.width} needs to be a multiple of 4 and of "
         f"its {network.num_heads} heads."
       )
+  for pattern, rule in config.sharding:
+    choose("sharding rule", rule, ("split", "replicate"))
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f'sharding pattern "{pattern}" is not a regular expression: {error}.'
+      ) from None
   for key in (
     "total",
     "optimizer.warmup",

@@ -31,6 +31,7 @@ _FREE_KEYS = (
   "data.prefetch",
   "data.threads",
   "mesh.",
+  "sharding",
   "profile.",
   "compute.scan",
   "compute.remat",
@@ -342,6 +343,8 @@ def describe(config: Any) -> dict[str, Any]:
 
 def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
   """Raises ValueError if the workdir holds a run of another config."""
+  from jepa_jax import config as config_lib
+
   path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is a file; name a folder.")
@@ -353,6 +356,8 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
     raise ValueError(
       f"{path} cannot be read; remove it or use another workdir."
     ) from None
+  # A key that an older version did not have holds what it defaults to.
+  old = command.flatten(describe(config_lib.defaults())) | old
   new = command.flatten(claim)
   changed = [
     f"{key}={old.get(key)!r} there, {new.get(key)!r} here"

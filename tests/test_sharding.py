@@ -74,6 +74,18 @@ for data, fsdp in ((1, 1), (8, 1), (1, 8), (2, 4)):
     ),
   )
 
+# The attention's kernels stay whole where a rule says so, and all of theirs.
+config.sharding = (("qkv/kernel", "replicate"),) + config.sharding
+spec = build(1, 8).state_spec
+results["by rule"] = sorted({
+  (jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2],
+   leaf.sharding.is_fully_replicated)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(spec)
+  if "blocks" in jax.tree_util.keystr(path)
+  and "kernel" in jax.tree_util.keystr(path)
+})
+config.sharding = config.sharding[1:]
+
 # A checkpoint of the last mesh, 2 x 4, on the others.
 with checkpoints.Checkpoints(folder, config.checkpoint) as saved:
   saved.save(state)
@@ -132,3 +144,12 @@ def test_fsdp_splits_parameters_their_average_and_their_moments(results):
 @pytest.mark.parametrize("mesh", ["1x1", "8x1", "1x8"])
 def test_checkpoints_restore_on_any_mesh(results, mesh):
   assert results[f"restored {mesh}"] is True
+
+
+def test_rules_of_the_config_say_what_is_split(results):
+  assert results["by rule"] == [
+    ["fc1", False],
+    ["fc2", False],
+    ["out", False],
+    ["qkv", True],
+  ]

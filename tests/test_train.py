@@ -323,6 +323,19 @@ def test_a_workdir_of_another_config_is_refused(run_config, tmp_path):
     train.train_and_evaluate(run_config, tmp_path)
 
 
+def test_a_key_that_an_older_version_lacked_may_keep_its_default(
+  config, tmp_path
+):
+  claim = train.describe(config)
+  old = json.loads(json.dumps(claim))
+  del old["optimizer"]["mu_dtype"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  train.check_workdir(claim, tmp_path)
+  claim["optimizer"]["mu_dtype"] = "bfloat16"
+  with pytest.raises(ValueError, match="mu_dtype='float32' there"):
+    train.check_workdir(claim, tmp_path)
+
+
 @pytest.mark.parametrize(
   "key, value, message",
   [
@@ -335,6 +348,9 @@ def test_a_workdir_of_another_config_is_refused(run_config, tmp_path):
     ("compute.dtype", "float16", "known: float32, bfloat16"),
     ("total", "soon", "a number and a unit"),
     ("data.mean", (0.5,), "one a channel"),
+    ("sharding", ((".*", "cut"),), "known: split, replicate"),
+    ("sharding", (("(", "split"),), "not a regular expression"),
+    ("sharding", (("bias", "split"),), 'no rule of config.sharding matches "'),
     ("encoder.width", 30, "multiple of 4"),
   ],
 )

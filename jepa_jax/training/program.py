@@ -107,7 +107,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     )
 
   state_shapes = jax.eval_shape(init, jax.random.key(0))
-  shardings = sharding.state_shardings(state_shapes, mesh)
+  shardings = sharding.state_shardings(state_shapes, mesh, config.sharding)
   replicated = sharding.replicated(mesh)
   split = sharding.batch_sharding(mesh)
   jit_init = jax.jit(init, out_shardings=shardings)

@@ -15,15 +15,6 @@ from jepa_jax import models
 # Axes that split the batch; "fsdp" splits parameters too.
 BATCH_AXES = ("data", "fsdp")
 
-# (pattern of the parameter's path, rule), first match wins. "split" cuts the
-# rows of a matrix, or its columns where the fsdp axis divides those alone:
-# a TPU gathers columns slowly unless each share is a multiple of 128.
-# "replicate" copies.
-RULES = (
-  (r"(bias|scale|mask_token|count|step)$", "replicate"),
-  (r".*", "split"),
-)
-
 
 def make_mesh(
   axes: ml_collections.ConfigDict, devices: list[Any] | None = None
@@ -120,12 +111,18 @@ def compute_params(params: Any, shardings: Any, dtype: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(place, params, shardings)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-  """A sharding for every leaf of a state, by RULES.
+def state_shardings(
+  state: Any, mesh: Mesh, rules: tuple[tuple[str, str], ...]
+) -> Any:
+  """A sharding for every leaf of a state.
 
   Args:
     state: tree of arrays or shapes.
     mesh: as of make_mesh.
+    rules: config.sharding; the first whose pattern is found in a leaf's path
+      holds. "split" cuts the rows of a matrix over the axis fsdp, or its
+      columns where that divides those alone: a TPU gathers columns slowly
+      unless each share is a multiple of 128. "replicate" copies.
 
   Returns:
     Tree of NamedSharding.
@@ -133,7 +130,14 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
   def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
+    rule = next(
+      (rule for pattern, rule in rules if re.search(pattern, name)), None
+    )
+    if rule is None:
+      raise ValueError(
+        f'no rule of config.sharding matches "{name}"; end them with '
+        '(".*", "split") or (".*", "replicate").'
+      )
     spec: list[str | None] = [None] * leaf.ndim
     parts = mesh.shape["fsdp"]
     if rule == "split" and parts > 1:
