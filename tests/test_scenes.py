@@ -35,6 +35,7 @@ def rays_of(scene, grid):
   """[grid, grid, 3] directions with forward part 1, written independently."""
   steps = (2 * np.arange(grid) + 1 - grid) / grid * render.TANGENT
   right, down, forward = scene.axes
+  down = down / render.STRETCH
   return forward + steps[None, :, None] * right + steps[:, None, None] * down
 
 
@@ -144,10 +145,11 @@ def test_an_object_is_seen_where_it_projects(shape):
   )
   # Nothing of the object lies outside the window that was searched for it.
   reach = 96 * 0.35 * math.sqrt(3) / (2 * render.TANGENT * depth)
-  assert np.hypot(columns + 0.5 - x, rows + 0.5 - y).max() < 1.2 * reach
+  aside = (rows + 0.5 - y) / render.STRETCH
+  assert np.hypot(columns + 0.5 - x, aside).max() < 1.2 * reach
   if render.SHAPES[shape] == "sphere":
     area = math.pi * (96 * 0.35 / (2 * render.TANGENT * depth)) ** 2
-    assert abs(len(rows) / area - 1) < 0.2
+    assert abs(len(rows) / (render.STRETCH * area) - 1) < 0.2
 
 
 def test_the_camera_stands_upright():

@@ -56,13 +56,14 @@ MIN_MARGIN = 0.1  # the same, on the axes that the camera sees as right, back
 MIN_VISIBLE = 8  # pixels of the 64 x 64 picture, for every object
 CAMERA = (6.85, -6.85, 5.85)
 CAMERA_TARGET = (-0.1, 0.1, 0.0)
-CAMERA_JITTER = 0.5  # uniform, each axis
 TANGENT = 0.41  # of half the field of view
+# Of the rows: CLEVR's pictures are 480 x 320 and become squares in its probes.
+STRETCH = 1.5
 DEPTH_UNIT = 1 / 2048  # of the uint16 depth map, which thus ends at 32
 
 _ALBEDO = (np.array(list(COLORS.values()), np.float32) / 255) ** 2.2
 _FLOOR = np.array([[0.37, 0.37, 0.365]], np.float32)
-_KEY_LIGHT = (-0.3, -0.65, 0.85)  # towards the light, before jitter
+_KEY_LIGHT = (-0.3, -0.65, 0.85)  # towards the light
 _FILL_LIGHT = (0.75, 0.1, 0.65)
 _LIGHT_RADIUS = 0.06  # of the key light, as seen from the floor: penumbra
 
@@ -115,11 +116,9 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
   """
   rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
   num_objects = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-  jitter = rng.uniform(-1, 1, (3, 3))
-  position = np.array(CAMERA) + CAMERA_JITTER * jitter[0]
+  position = np.array(CAMERA)
   axes = _look_at(position, np.array(CAMERA_TARGET))
-  key = _unit(np.array(_KEY_LIGHT) + 0.15 * jitter[1])
-  fill = _unit(np.array(_FILL_LIGHT) + 0.15 * jitter[2])
+  key, fill = _unit(np.array(_KEY_LIGHT)), _unit(np.array(_FILL_LIGHT))
   while True:
     size = rng.integers(0, len(SIZES), num_objects)
     centers = _place(rng, np.array(list(SIZES.values()))[size], axes)
@@ -186,7 +185,7 @@ def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
   return np.stack(
     [
       half + half * x / (depth * TANGENT),
-      half + half * y / (depth * TANGENT),
+      half + half * y * STRETCH / (depth * TANGENT),
       depth,
     ],
     axis=1,
@@ -400,7 +399,7 @@ def _rays(scene: Scene, grid: int) -> np.ndarray:
   offset = offset.astype(np.float32)
   return (
     forward[:, None, None]
-    + down[:, None, None] * offset[:, None]
+    + down[:, None, None] * (offset[:, None] / STRETCH)
     + right[:, None, None] * offset
   )
 
@@ -432,10 +431,10 @@ def _window(
     if depth <= 1.01 * radius:
       return slice(0, grid), slice(0, grid)
     scale = (depth**2 - radius**2) * TANGENT
-    for side, bound in zip((y, x), bounds, strict=True):
+    for side, bound, stretch in zip((y, x), bounds, (STRETCH, 1), strict=True):
       spread = radius * math.sqrt(side**2 + depth**2 - radius**2)
-      bound.append((side * depth - spread) / scale)
-      bound.append((side * depth + spread) / scale)
+      bound.append((side * depth - spread) / scale * stretch)
+      bound.append((side * depth + spread) / scale * stretch)
   rows, columns = (
     slice(
       min(max(math.floor(grid * (1 + min(bound)) / 2), 0), grid),

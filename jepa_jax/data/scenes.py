@@ -122,8 +122,11 @@ class ScenesConfig(tfds.core.BuilderConfig):
 class Scenes(tfds.core.GeneratorBasedBuilder):
   """TFDS builder of the `scenes` data set."""
 
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES: typing.ClassVar = {"1.0.0": "First release."}
+  VERSION = tfds.core.Version("2.0.0")
+  RELEASE_NOTES: typing.ClassVar = {
+    "1.0.0": "First release.",
+    "2.0.0": "Still camera and lights; rows stretched as in CLEVR's probes.",
+  }
   BUILDER_CONFIGS: typing.ClassVar = [
     ScenesConfig(image_size=size) for size in (64, 96, 128, 224)
   ]
