@@ -67,6 +67,36 @@ def test_layout_is_asked_for_blocks_and_forgotten(images, variables):
   assert len(blocks) == count
 
 
+def kept(images, variables, depth=SETTINGS["depth"], gather=None):
+  """Elements that the backward pass waits for, parameters among them."""
+  encoder = models.Encoder(**SETTINGS | {"depth": depth})
+  with models.layout(None, gather):
+    _, backward = jax.vjp(lambda v: encoder.apply(v, images), variables)
+  return sum(x.size for x in jax.tree.leaves(backward))
+
+
+def test_gathered_kernels_are_not_kept(images, variables):
+  # Times one: a new array, as one that comes from other devices.
+  gathered = kept(images, variables, gather=lambda w: 1.0 * w)
+  assert gathered == kept(images, variables)
+
+
+def test_a_block_keeps_what_it_needs_once(images, variables):
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  deeper = SETTINGS["depth"] + 1
+  grown = models.Encoder(**SETTINGS | {"depth": deeper}).init(
+    jax.random.key(0), images
+  )
+  more = kept(images, grown, deeper) - kept(images, variables)
+  # Inputs of two norms and of four layers, queries, keys and values, what goes
+  # into GELU, and the attention weights.
+  width, hidden = SETTINGS["width"], 4 * SETTINGS["width"]
+  needed = B * 15 * (5 * width + 3 * width + 2 * hidden)
+  needed += B * SETTINGS["num_heads"] * 15 * 15
+  needed += size(grown) - size(variables)
+  assert more < 1.05 * needed
+
+
 def test_patchify_cuts_row_major_patches():
   image = np.arange(H * W * C).reshape(1, H, W, C)
   patches = np.asarray(models.patchify(jnp.asarray(image), PATCH))
