@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.choose("variant", variant, ("",))
   c = config.defaults()
   c.batch_size = 64
-  c.total = "1400 steps"  # about 11 epochs
+  c.total = "2000 steps"  # 16 epochs
 
   c.data.source = "scenes"
   c.data.name = "scenes"
