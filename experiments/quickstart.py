@@ -4,8 +4,9 @@ Command:   python -m jepa_jax.train --config experiments/quickstart.py \\
              --workdir runs/quickstart
 Hardware:  2 CPU cores, 4 GiB, 10 minutes; no network, no accelerator.
 Expected:  the paper has no such experiment.
-Seen:      one seed, linear probe on the last layer, in percent (random encoder
-           in brackets): count 32.1 (30.3), distance 46.2 (47.9).
+Seen:      linear probe on the last layer, in percent, mean of three seeds
+           (random encoder in brackets): count 36.9 (31.7), distance 67.9
+           (57.3).
 """
 
 import ml_collections
