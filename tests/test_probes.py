@@ -126,8 +126,10 @@ def test_stratified_holdout_takes_its_share_of_each_class():
 
 def brute_force_neighbours(train, test, k, temperature):
   weighted, majority = [], []
-  for query in test["features"].astype(np.float64):
-    bank = train["features"].astype(np.float64)
+  bank = train["features"].astype(np.float64)
+  mean, scale = bank.mean(axis=0), bank.std(axis=0)
+  bank = (bank - mean) / scale
+  for query in (test["features"] - mean) / scale:
     similarity = bank @ query
     similarity /= np.linalg.norm(bank, axis=1) * np.linalg.norm(query)
     nearest = np.argsort(-similarity, kind="stable")[:k]
@@ -155,6 +157,14 @@ def test_nearest_neighbours_agree_with_brute_force(k, temperature):
   weighted, majority = brute_force_neighbours(train, test, k, temperature)
   assert metrics["top1"] == pytest.approx(weighted, abs=1e-3)
   assert metrics["top1_majority"] == pytest.approx(majority, abs=1e-3)
+
+
+def test_what_all_images_have_in_common_moves_no_neighbour():
+  train, test = blobs(150, 7, 4, 1.5, seed=1), blobs(83, 7, 4, 1.5, seed=2)
+  shift = lambda x: x | {"features": x["features"] + np.float32(100)}
+  expected = probes.nearest_neighbours(train, test)
+  moved = probes.nearest_neighbours(shift(train), shift(test))
+  assert moved["top1"] == pytest.approx(expected["top1"], abs=1e-3)
 
 
 def test_more_neighbours_than_images_uses_all_images():

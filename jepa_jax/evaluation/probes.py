@@ -133,6 +133,9 @@ def nearest_neighbours(
 ) -> dict[str, Any]:
   """Classifies by the k training images of largest cosine similarity.
 
+  Features are standardised first: averaged patches of a transformer have a
+  large part in common, beside which the angles between images are tiny.
+
   A neighbour votes with weight exp(similarity / temperature); `top1_majority`
   is that of equal votes, where ties go to the larger weighted sum.
 
@@ -165,8 +168,9 @@ def nearest_neighbours(
     )
   classes, targets = np.unique(train["labels"], return_inverse=True)
   k = min(k, len(targets))
-  bank = jnp.asarray(_unit_rows(train["features"]))
-  queries = _unit_rows(test["features"])
+  mean, scale = _statistics(train["features"])
+  bank = jnp.asarray(_unit_rows((train["features"] - mean) / scale))
+  queries = _unit_rows((test["features"] - mean) / scale)
   weighted, votes = [], []
   for start in range(0, len(queries), chunk):
     similarities, neighbours = _neighbours(
