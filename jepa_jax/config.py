@@ -170,7 +170,7 @@ def evaluation_data(
 
 
 def read(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """Loads the config.json of a run."""
+  """Loads the config.json of a run; keys that it lacks have their defaults."""
 
   def restore(value: Any) -> Any:
     if isinstance(value, dict):
@@ -180,9 +180,14 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     return tuple(map(restore, value)) if isinstance(value, list) else value
 
   try:
-    return restore(json.loads(path.read_text()))
+    stored = restore(json.loads(path.read_text()))
   except ValueError as error:
     raise ValueError(f"{path} cannot be read: {error}.") from None
+  # A run of an older version lacks keys that are newer.
+  config = defaults()
+  with config.ignore_type():
+    config.update(stored)
+  return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every experiment, and the command line's way to load it."""
 
+import json
 import pathlib
 
 import pytest
@@ -93,3 +94,15 @@ def test_missing_files_are_named(tmp_path):
   (tmp_path / "empty.py").write_text("")
   with pytest.raises(ValueError, match="defines no get_config"):
     command.load_config(str(tmp_path / "empty.py"))
+
+
+def test_the_config_of_an_older_run_gets_the_keys_that_it_lacks(tmp_path):
+  config = load("quickstart")
+  stored = json.loads(json.dumps(config.to_dict()))
+  del stored["sharding"], stored["optimizer"]["mu_dtype"]
+  stored["optimizer"]["lr"] = 1  # written for 1.0
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(stored))
+  expected = config.to_dict()
+  expected["optimizer"]["lr"] = 1
+  assert config_lib.read(path).to_dict() == expected
