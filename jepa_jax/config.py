@@ -97,7 +97,8 @@ def defaults() -> ml_collections.ConfigDict:
   c.compute = ml_collections.ConfigDict()
   c.compute.dtype = "bfloat16"  # of activations; parameters are float32
   c.compute.scan = True  # one compiled block for all; False unrolls
-  # What the backward pass computes again to save memory: "none", "products"
+  # What the backward pass computes again to save memory, besides GELU and
+  # LayerNorm, which it always does: "none", "products"
   # (all but matrix products), "dots" (all but products with weights) or
   # "full"; in every n-th block.
   c.compute.remat = "none"
@@ -314,7 +315,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"{name}.width {network.width} needs to be a multiple of 4 and of "
         f"its {network.num_heads} heads."
       )
-  for pattern, rule in config.sharding:
+  for pair in config.sharding:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+      raise ValueError(
+        f"sharding has {pair!r}; it needs pairs of a pattern and a rule, such "
+        'as (".*", "split").'
+      )
+    pattern, rule = pair
     choose("sharding rule", rule, ("split", "replicate"))
     try:
       re.compile(pattern)

@@ -350,6 +350,7 @@ def test_a_key_that_an_older_version_lacked_may_keep_its_default(
     ("data.mean", (0.5,), "one a channel"),
     ("sharding", ((".*", "cut"),), "known: split, replicate"),
     ("sharding", (("(", "split"),), "not a regular expression"),
+    ("sharding", (".*", "split"), "pairs of a pattern and a rule"),
     ("sharding", (("bias", "split"),), 'no rule of config.sharding matches "'),
     ("encoder.width", 30, "multiple of 4"),
   ],

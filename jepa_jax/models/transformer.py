@@ -62,6 +62,8 @@ def attend(
 ) -> jax.Array:
   """Scaled dot-product attention; scores and softmax in float32.
 
+  Differentiable backwards only: jax.grad and jax.vjp, not jax.jvp.
+
   Args:
     qkv: [B, N, 3, heads, head_dim], queries, keys and values.
     valid: [B, N] bool, False for padding that no query may see, or None.
