@@ -103,7 +103,8 @@ def defaults() -> ml_collections.ConfigDict:
   # "full"; in every n-th block.
   c.compute.remat = "none"
   c.compute.remat_every = 1
-  # "own", or jax.nn.dot_product_attention's "xla" or "cudnn" (NVIDIA GPUs).
+  # "own"; "pallas", which on a TPU is one kernel (compiled for TPUs, not run
+  # on one); or jax.nn.dot_product_attention's "xla" or "cudnn" (NVIDIA GPUs).
   c.compute.attention = "own"
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
   c.mesh.data = -1  # splits the batch
@@ -274,7 +275,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   choose("loss", config.loss, ("smooth_l1", "l2"))
   choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
   choose("mu_dtype", config.optimizer.mu_dtype, ("float32", "bfloat16"))
-  choose("attention", config.compute.attention, ("own", "xla", "cudnn"))
+  choose(
+    "attention", config.compute.attention, ("own", "pallas", "xla", "cudnn")
+  )
   if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
     raise ValueError(
       'compute.attention is "cudnn", which computes in 16 bits, and '

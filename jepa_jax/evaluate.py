@@ -249,7 +249,7 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
   @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
   def patches(params, images):
     images = ijepa.normalize_images(images, config.data.mean, config.data.std)
-    x = program.objective.encoder.apply({"params": params}, images)
+    x = _encoder(program).apply({"params": params}, images)
     return x.reshape(len(images), h, w, -1).astype("float32")
 
   trained = encoder_params(state)
@@ -263,6 +263,14 @@ def encoder_params(state: Any) -> Any:
   """Parameters of the encoder that is evaluated: the target's, if any."""
   networks = state.target_params or state.params
   return networks["encoder"]
+
+
+def _encoder(program: Any) -> Any:
+  """The encoder, with attention that any batch on any mesh can have."""
+  encoder = program.objective.encoder
+  return (
+    encoder.clone(attention="own") if encoder.attention == "pallas" else encoder
+  )
 
 
 def _batch_size(program: Any) -> int:
@@ -285,9 +293,7 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
   @jax.jit
   def pooled(params, images):
     images = ijepa.normalize_images(images, data.mean, data.std)
-    x = program.objective.encoder.apply(
-      {"params": params}, images, layers=layers
-    )
+    x = _encoder(program).apply({"params": params}, images, layers=layers)
     return x.astype("float32").mean(axis=1)
 
   def encode_with(params):

@@ -1,5 +1,7 @@
 """The networks, by themselves."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_jax import models
-from jepa_jax.models import transformer
+from jepa_jax.models import attention
 
 B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
 SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
@@ -33,19 +35,55 @@ def test_the_attention_of_jax_is_the_same(padded):
   qkv = jax.random.normal(jax.random.key(0), (2, 6, 3, 3, 5))
   valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
   np.testing.assert_allclose(
-    transformer.attend_with_jax(qkv, valid, 2, "xla"),
-    transformer.attend(qkv, valid, 2),
+    attention.attend_with_jax(qkv, valid, 2, "xla"),
+    attention.attend(qkv, valid, 2),
     atol=1e-6,
   )
+
+
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_for_tpus_is_the_same(dtype, padded, first):
+  heads, shape = 3, (4, 12, 72)
+  qkv, far = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
+  far = far[:, first:, :24]
+  valid = jnp.arange(12) < jnp.asarray([[4], [6], [12], [7]])
+  valid = valid if padded else None
+  split = lambda qkv: qkv.reshape(4, 12, 3, heads, 8).astype(jnp.float32)
+  y, pull = jax.vjp(lambda x: attention.attend(split(x), valid, first), qkv)
+  settings = dict(first=first, heads=heads, interpret=True)
+  off = 1e-5 if dtype == "float32" else 0.02  # bfloat16 has 8 bits
+  close = functools.partial(np.testing.assert_allclose, atol=off, rtol=off)
+  f32 = lambda x: np.asarray(x, np.float32)
+  close(f32(attention.fused_forward(qkv, valid, **settings)), f32(y))
+  (expected,) = pull(far.astype(jnp.float32))
+  close(
+    f32(attention.fused_backward(qkv, valid, far, **settings)), f32(expected)
+  )
+
+
+def test_where_there_is_no_tpu_the_kernel_gives_way(images, variables):
+  """On a CPU, values and gradients are those of `attend`."""
+
+  def loss(params, name):
+    encoder = models.Encoder(**SETTINGS, attention=name)
+    return (encoder.apply(params, images) ** 2).sum()
+
+  own, fused = (
+    jax.grad(functools.partial(loss, name=name))(variables)
+    for name in ("own", "pallas")
+  )
+  jax.tree.map(np.testing.assert_array_equal, own, fused)
 
 
 def test_every_block_uses_the_attention_that_is_asked_for(
   images, variables, monkeypatch
 ):
   asked = []
-  whole = transformer.attend_with_jax
+  whole = attention.attend_with_jax
   monkeypatch.setattr(
-    transformer, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
+    attention, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
   )
   other = models.Encoder(**SETTINGS, attention="xla").apply(variables, images)
   assert set(asked) == {"xla"} and len(asked) >= 5
@@ -236,7 +274,7 @@ def test_attention_and_its_gradient_match_flax(first):
     y = nn.dot_product_attention(q, k, v, mask=valid[:, None, None])
     return y.reshape(weights.shape)
 
-  own = lambda qkv: transformer.attend(qkv, valid, first)
+  own = lambda qkv: attention.attend(qkv, valid, first)
   np.testing.assert_allclose(own(qkv), flax(qkv), atol=1e-5)
   gradient = lambda f: jax.grad(lambda qkv: (f(qkv) * weights).sum())(qkv)
   np.testing.assert_allclose(gradient(own), gradient(flax), atol=1e-5)
@@ -267,8 +305,8 @@ def test_attention_in_bfloat16_rounds_its_weights_and_no_more():
 
   exact = gradient(kept_in_float32, short.astype(jnp.float32))
   error = lambda f: np.linalg.norm(gradient(f, short) - exact)
-  assert error(transformer.attend) < 1.1 * error(kept_in_float32)
-  assert error(transformer.attend) < 0.01 * np.linalg.norm(exact)
+  assert error(attention.attend) < 1.1 * error(kept_in_float32)
+  assert error(attention.attend) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.models import attention
+
 Dtype = Any
 
 # What a block keeps for its backward pass: everything, matrix products, those
@@ -33,13 +35,14 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 KERNEL_INIT = nn.initializers.normal(stddev=0.02)
 NORM_EPSILON = 1e-6
 
-_layout = contextvars.ContextVar("layout", default=(None, None))
+_layout = contextvars.ContextVar("layout", default=(None, None, lambda f: f))
 
 
 @contextlib.contextmanager
 def layout(
   activations: Callable[[jax.Array], jax.Array] | None,
   weights: Callable[[Any], Any] | None,
+  per_device: Callable[[Callable], Callable] = lambda f: f,
 ) -> Iterator[None]:
   """Says where networks that are traced within keep what they compute.
 
@@ -49,115 +52,14 @@ def layout(
     weights: applied to the kernel of one layer at a time, before its use and,
       for the backward pass, once more: what it returns is not kept. None
       leaves them where they are.
+    per_device: of a function of arrays that have the batch in front, the same
+      function on every device's own part.
   """
-  token = _layout.set((activations, weights))
+  token = _layout.set((activations, weights, per_device))
   try:
     yield
   finally:
     _layout.reset(token)
-
-
-def attend(
-  qkv: jax.Array, valid: jax.Array | None = None, first: int = 0
-) -> jax.Array:
-  """Scaled dot-product attention; scores and softmax in float32.
-
-  Differentiable backwards only: jax.grad and jax.vjp, not jax.jvp.
-
-  Args:
-    qkv: [B, N, 3, heads, head_dim], queries, keys and values.
-    valid: [B, N] bool, False for padding that no query may see, or None.
-    first: of the patches whose output is wanted.
-
-  Returns:
-    [B, N - first, heads * head_dim].
-  """
-  return _attend(qkv, valid, first)
-
-
-# Kept for the backward pass are arrays that are there already, and the
-# attention weights in the type in which they met the values: left to itself,
-# JAX keeps these in float32 besides, and queries, keys and values with a last
-# axis so short that a TPU fills it up.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(qkv: jax.Array, valid: jax.Array | None, first: int) -> jax.Array:
-  return _attend_forward(qkv, valid, first)[0]
-
-
-def _heads_first(
-  qkv: jax.Array, first: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Scaled queries, keys and values, each [B, heads, tokens, head_dim]."""
-  query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-  return query[:, :, first:] * (qkv.shape[-1] ** -0.5), key, value
-
-
-def _attend_forward(
-  qkv: jax.Array, valid: jax.Array | None, first: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  query, key, value = _heads_first(qkv, first)
-  scores = jnp.einsum(
-    "bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32
-  )
-  if valid is not None:
-    scores = jnp.where(valid[:, None, None, :], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  y = jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
-  y = y.reshape(*y.shape[:2], -1)
-  return y, (qkv, weights, y)
-
-
-def _attend_backward(
-  first: int, kept: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, None]:
-  qkv, weights, y = kept
-  query, key, value = _heads_first(qkv, first)
-  split = lambda x: x.reshape(*x.shape[:2], *qkv.shape[3:])
-  # For every row the sum of its weights times their gradients, from arrays
-  # that are far smaller.
-  # Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
-  total = jnp.einsum(
-    "bqhd,bqhd->bhq", split(dy), split(y), preferred_element_type=jnp.float32
-  )
-  dy = split(dy).transpose(0, 2, 1, 3)
-  dweights = jnp.einsum(
-    "bhqd,bhkd->bhqk", dy, value, preferred_element_type=jnp.float32
-  )
-  dscores = (weights * (dweights - total[..., None])).astype(qkv.dtype)
-  dquery = jnp.einsum("bhqk,bhkd->bhqd", dscores, key)
-  dquery = jnp.pad(
-    dquery * (qkv.shape[-1] ** -0.5), ((0, 0), (0, 0), (first, 0), (0, 0))
-  )
-  dkey = jnp.einsum("bhqk,bhqd->bhkd", dscores, query)
-  dvalue = jnp.einsum("bhqk,bhqd->bhkd", weights, dy)
-  return jnp.stack((dquery, dkey, dvalue)).transpose(1, 3, 0, 2, 4), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def attend_with_jax(
-  qkv: jax.Array, valid: jax.Array | None, first: int, implementation: str
-) -> jax.Array:
-  """What `attend` does, by jax.nn.dot_product_attention.
-
-  Args:
-    qkv: as of attend, and so valid and first.
-    valid: see qkv.
-    first: see qkv.
-    implementation: "cudnn" (NVIDIA GPUs; 16 bits; fused) or "xla".
-
-  Returns:
-    [B, N - first, heads * head_dim].
-  """
-  y = jax.nn.dot_product_attention(
-    qkv[:, first:, 0],
-    qkv[:, :, 1],
-    qkv[:, :, 2],
-    mask=None if valid is None else valid[:, None, None, :],
-    implementation=implementation,
-  )
-  return y.reshape(*y.shape[:2], -1)
 
 
 # For the backward pass, GELU and LayerNorm keep their input alone: what they
@@ -174,7 +76,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times a kernel [in, out], gathered where the layout says."""
-  _, gather = _layout.get()
+  gather = _layout.get()[1]
   if gather is None:
     return rows @ kernel
   # A gathered kernel that is kept for the backward pass would fill the memory
@@ -206,7 +108,8 @@ class Dense(nn.Module):
 class Block(nn.Module):
   """Pre-norm transformer block: attention, then a two-layer perceptron.
 
-  `attention` is "own" for `attend`, or see `attend_with_jax`.
+  `attention` is "own" for `attention.attend`, "pallas" for `attend_fused`, or
+  see `attend_with_jax`.
   """
 
   num_heads: int
@@ -259,10 +162,13 @@ class Block(nn.Module):
     y = norm(name="norm1")(x)
     qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
     qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
-    if self.attention == "own":
-      y = attend(qkv, valid, first)
+    if self.attention == "own" or self.is_initializing():
+      y = attention.attend(qkv, valid, first)
+    elif self.attention == "pallas":
+      fused = functools.partial(attention.attend_fused, first=first)
+      y = _layout.get()[2](fused)(qkv, valid)
     else:
-      y = attend_with_jax(qkv, valid, first, self.attention)
+      y = attention.attend_with_jax(qkv, valid, first, self.attention)
     x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
 
     y = norm(name="norm2")(x)
@@ -357,7 +263,7 @@ class Transformer(nn.Module):
       per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
       per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
 
-    spread, _ = _layout.get()
+    spread = _layout.get()[0]
 
     def apply_block(
       x: jax.Array, layer: tuple[Any, Any], first: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
 import math
 import re
 from typing import Any
@@ -71,6 +72,15 @@ def network_layout(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     if mesh.size == 1
     else lambda x: jax.lax.with_sharding_constraint(x, split),
     weights=None if mesh.shape["fsdp"] == 1 else gather(mesh),
+    per_device=functools.partial(
+      jax.shard_map,
+      mesh=mesh,
+      in_specs=split.spec,
+      out_specs=split.spec,
+      check_vma=False,  # unknown of kernels
+    )
+    if mesh.size > 1
+    else lambda f: f,
   )
 
 
