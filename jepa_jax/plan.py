@@ -129,7 +129,7 @@ def details(row: estimate.Row) -> str:
       )
     elif name == "parts":
       value = "; ".join(
-        f"{part} {c['flops'] / 1e12:.3g} TFLOP {c['bytes'] / 1e9:.3g} GB"
+        f"{part} {c['flops'] / 1e12:.3g} TFLOP {c['memory'] / 1e9:.3g} GB"
         for part, c in value.items()
       )
     lines.append(f"{name:28} {value}")

@@ -96,6 +96,44 @@ ENTRY %main (a: f32[16]) -> f32[4] {
   assert found == ("reduce-scatter", ("f32",), 16, 48, 1, 4)
 
 
+def test_memory_traffic_leaves_out_what_stays_on_the_chip():
+  text = """
+%take (p: f32[8,4]) -> f32[1,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %b = f32[32]{0} bitcast(%p)
+  %s = f32[4]{0} slice(%b), slice={[0:4]}
+  ROOT %n = f32[1,4]{1,0} negate(%s)
+}
+
+%use (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %s = f32[1,4]{1,0} slice(%p), slice={[0:1], [0:4]}
+  ROOT %n = f32[8,4]{1,0} add(%p, %s)
+}
+
+%body (t: f32[8,4]) -> f32[8,4] {
+  %t = f32[8,4]{1,0} parameter(0)
+  ROOT %u = f32[8,4]{1,0} negate(%t)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %taken = f32[1,4]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%take
+  %used = f32[8,4]{1,0:T(8,128)S(1)} fusion(%a), kind=kLoop, calls=%use
+  %near = f32[8,4]{1,0:T(8,128)S(1)} negate(%used)
+  %out = (f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  %done = f32[8,4]{1,0:T(8,128)} copy-done(%out)
+  %part = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%done), slice={[0:2], [0:4]}
+  %got = f32[2,4]{1,0:T(8,128)S(1)} slice-done(%part)
+  ROOT %loop = f32[8,4]{1,0} while(%done), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+  whole, row = 8 * 4 * 4, 4 * 4
+  taken, used, near, out, part = 2 * row, whole, 0, whole, 2 * row
+  rounds = 5 * 2 * whole
+  assert hlo.memory_traffic(text) == taken + used + near + out + part + rounds
+
+
 def test_what_is_no_module_is_refused():
   with pytest.raises(ValueError, match="ENTRY"):
     hlo.collectives("nothing")
@@ -114,11 +152,15 @@ CHIP = chips.Chip(
 
 def test_each_part_of_a_step_takes_the_longer_of_its_times():
   parts = {
-    "encoder": estimate.Cost(flops=300, bytes=10),  # 3 s of operations
-    "predictor": estimate.Cost(flops=100, bytes=40),  # 4 s of bytes
+    "encoder": estimate.Cost(
+      flops=300, accessed=90, memory=10
+    ),  # 3 s of operations
+    "predictor": estimate.Cost(
+      flops=100, accessed=90, memory=40
+    ),  # 4 s of bytes
   }
   assert estimate.bound(parts, 0, CHIP) == (7.0, "memory")
-  parts["rest"] = estimate.Cost(flops=250, bytes=1)
+  parts["rest"] = estimate.Cost(flops=250, accessed=90, memory=1)
   assert estimate.bound(parts, 18, CHIP) == (9.5, "compute")
   assert estimate.bound(parts, 20, CHIP) == (10.0, "links")
 
@@ -135,6 +177,14 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
       flops = 7 + 10 * encoder + 3 * predictor
       return {"flops": flops, "bytes accessed": 2 * flops}
 
+    def as_text(self):
+      array = f"f32[{sum(self.blocks)}]{{0}}"
+      return (
+        f"ENTRY %main (a: {array}) -> {array} {{\n"
+        f"  %a = {array} parameter(0)\n"
+        f"  ROOT %b = {array} negate(%a)\n}}"
+      )
+
   monkeypatch.setattr(
     estimate, "compile_step", lambda config, _: (None, Compiled(config))
   )
@@ -144,12 +194,12 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
   config.batch_size, config.accumulate_steps = 16, 2
   config.compute.update(remat="full", remat_every=2)
   parts = estimate.costs(config, [])
-  cost = lambda flops: estimate.Cost(2 * flops, 4 * flops)
+  cost = lambda flops, memory: estimate.Cost(2 * flops, 4 * flops, memory)
   # Two of the predictor's blocks, first and last, stay in the rest.
   assert parts == {
-    "encoder": cost(10 * 32),
-    "predictor": cost(3 * 10),
-    "rest": cost(7 + 3 * 2),
+    "encoder": cost(10 * 32, 2 * 8 * 32),
+    "predictor": cost(3 * 10, 2 * 8 * 10),
+    "rest": cost(7 + 3 * 2, 2 * 8 * 2),
   }
 
 

@@ -126,16 +126,30 @@ def needed_and_available(message: str) -> list[float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device and one step: operations, and bytes to and from memory."""
+  """Of one device and one step.
+
+  Attributes:
+    flops: operations.
+    accessed: bytes that operations read and write, on the chip or off it, as
+      XLA counts them.
+    memory: bytes to and from the device's main memory; see hlo.memory_traffic.
+  """
 
   flops: float
-  bytes: float
+  accessed: float
+  memory: float
 
   def __add__(self, other: "Cost") -> "Cost":
-    return Cost(self.flops + other.flops, self.bytes + other.bytes)
+    return Cost(
+      self.flops + other.flops,
+      self.accessed + other.accessed,
+      self.memory + other.memory,
+    )
 
   def __mul__(self, factor: float) -> "Cost":
-    return Cost(self.flops * factor, self.bytes * factor)
+    return Cost(
+      self.flops * factor, self.accessed * factor, self.memory * factor
+    )
 
   def __sub__(self, other: "Cost") -> "Cost":
     return self + other * -1
@@ -164,8 +178,10 @@ def costs(
       c.evaluations = ml_collections.ConfigDict()  # may ask for more layers
       c.batch_size //= c.accumulate_steps
       c.accumulate_steps = 1
-    analysis = compile_step(c, devices)[1].cost_analysis()
-    return Cost(analysis["flops"], analysis["bytes accessed"])
+    compiled = compile_step(c, devices)[1]
+    analysis = compiled.cost_analysis()
+    memory = hlo.memory_traffic(compiled.as_text())
+    return Cost(analysis["flops"], analysis["bytes accessed"], memory)
 
   every = config.compute.remat_every if config.compute.remat != "none" else 1
   base = (every, 2)
@@ -186,8 +202,8 @@ def bound(
   """The least seconds of a step, and what sets them.
 
   The parts of a step follow each other, and each takes the time of its
-  operations or of its bytes, whichever is longer. Communication may hide
-  behind all of them.
+  operations or of its traffic with main memory, whichever is longer.
+  Communication may hide behind all of them.
 
   Args:
     parts: see costs.
@@ -201,7 +217,7 @@ def bound(
     doi:10.1145/1498765.1498785.
   """
   compute = [part.flops / chip.bfloat16_flops for part in parts.values()]
-  memory = [part.bytes / chip.hbm_bandwidth for part in parts.values()]
+  memory = [part.memory / chip.hbm_bandwidth for part in parts.values()]
   seconds = sum(map(max, compute, memory))
   links = link_bytes / chip.link_bandwidth
   if links > seconds:
@@ -268,7 +284,8 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
     "model_flops": needed and needed / len(devices),
     "compiled_flops": total.flops,
     "flops_ratio": needed and total.flops * len(devices) / needed,
-    "bytes_accessed": total.bytes,
+    "bytes_accessed": total.accessed,
+    "memory_bytes": total.memory,
     "parts": {name: dataclasses.asdict(p) for name, p in parts.items()},
     "collectives": _by_kind(talk),
     "bound_seconds": seconds,

@@ -1,7 +1,8 @@
 """What a compiled program does, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once and says nothing of
-communication. Here every computation counts as often as it runs.
+XLA's own cost analysis counts the body of a loop once, says nothing of
+communication, and takes what a TPU keeps on the chip for memory traffic. Here
+every computation counts as often as it runs.
 
 Reference: https://openxla.org/xla/operation_semantics.
 """
@@ -29,6 +30,11 @@ _OPERATION = re.compile(
   r"%?([\w.\-]+) = (.*?) (" + "|".join(KINDS) + r")(-start)?\("
 )
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+_LINE = re.compile(r"^ *(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+_ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+# They name what is there already, or count by the computations that they call.
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+_FREE += ("while", "conditional", "call", "optimization-barrier")
 
 
 class Collective(NamedTuple):
@@ -89,6 +95,91 @@ def collectives(text: str) -> list[Collective]:
         kind = "reduce-scatter"
       found.append(_collective(kind, arrays, group, times[name]))
   return found
+
+
+def memory_traffic(text: str) -> float:
+  """Bytes that a program reads from and writes to a device's main memory.
+
+  An operation reads its operands and writes its results once. What the
+  compiler places elsewhere, in a TPU's VMEM (memory space 1), costs nothing,
+  but for the copies between the two; of an operand of which a fusion takes
+  slices alone, the slices count.
+
+  Args:
+    text: of an optimized module, compiled.as_text().
+  """
+  computations = _computations(text)
+  times = _times(text, computations)
+  inside = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
+  inside |= set(re.findall(r"to_apply=%?([\w.\-]+)", text))
+  total = 0.0
+  for name, lines in computations.items():
+    if name in inside or not times[name]:
+      continue
+    arrays: dict[str, list[tuple[float, bool]]] = {}
+    for line in lines:
+      match = _LINE.match(line)
+      if not match:
+        continue
+      label, result, operation, rest = match.groups()
+      arrays[label] = _places(result)
+      if operation in _FREE or operation.endswith("-done"):
+        continue
+      operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+      if operation in ("copy-start", "slice-start"):
+        ends = arrays[label][:2]  # one of them may be the whole of a slice
+        moved = min(size for size, _ in ends)
+        total += times[name] * moved * sum(main for _, main in ends)
+        continue
+      size = _in_main(arrays[label])
+      callee = re.search(r"calls=%?([\w.\-]+)", rest)
+      sliced = {}
+      if operation == "fusion" and callee:
+        sliced = _slices(computations.get(callee[1], []))
+      for i, operand in enumerate(operands):
+        whole = _in_main(arrays.get(operand, []))
+        size += min(whole, sliced.get(i, whole))
+      total += times[name] * size
+  return total
+
+
+def _places(types: str) -> list[tuple[float, bool]]:
+  """(bytes, whether in main memory) of every array of a type."""
+  return [
+    (
+      _bytes(dtype) * math.prod(int(n) for n in shape.split(",") if n),
+      "S(" not in (layout or "") or "S(0)" in layout,
+    )
+    for dtype, shape, layout in _ARRAY.findall(types)
+  ]
+
+
+def _in_main(arrays: list[tuple[float, bool]]) -> float:
+  return sum(size for size, main in arrays if main)
+
+
+def _slices(lines: list[str]) -> dict[int, float]:
+  """Number of a parameter that is used in slices alone -> their bytes."""
+  numbers: dict[str, int] = {}
+  taken: dict[int, float] = collections.defaultdict(float)
+  for line in lines:
+    match = _LINE.match(line)
+    if not match:
+      continue
+    label, result, operation, rest = match.groups()
+    if operation == "parameter":
+      numbers[label] = int(rest.partition(")")[0])
+      continue
+    for operand in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]):
+      if operand not in numbers:
+        continue
+      if operation == "bitcast":
+        numbers[label] = numbers[operand]
+      elif operation in ("slice", "dynamic-slice"):
+        taken[numbers[operand]] += sum(size for size, _ in _places(result))
+      else:
+        taken[numbers[operand]] = math.inf
+  return taken
 
 
 def _collective(
