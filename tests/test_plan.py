@@ -328,10 +328,15 @@ def run_plan(tmp_path, *flags):
 
 
 @pytest.mark.tpu
-def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(tmp_path):
-  done = run_plan(tmp_path, "--topology", "v5e:2x2", "--json")
+@pytest.mark.parametrize("attention", ["own", "pallas"])
+def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
+  tmp_path, attention
+):
+  flag = f"--config.compute.attention={attention}"
+  done = run_plan(tmp_path, "--topology", "v5e:2x2", "--json", flag)
   assert done.returncode == 0, done.stderr
   (row,) = json.loads(done.stdout)
+  assert 0 < row["memory_bytes"] < row["bytes_accessed"]
   assert row["fits"] and row["chips"] == 4 and row["note"] == estimate.NOTE
   moved = {(c["kind"], c["dtype"]): c["bytes"] for c in row["collectives"]}
   kernels = lambda width, depth: depth * 12 * width**2

@@ -125,9 +125,9 @@ def attend_fused(
 
   The TPU's memory sees queries, keys, values, the output and their gradients,
   each once and as wide as they are; scores are computed again in the backward
-  pass. On other devices this is `attend`. The kernel works on whole sequences,
-  up to some 1,500 tokens, and a batch that is split over devices needs
-  `layout`.
+  pass. On other devices this is `attend`. The kernel works on whole sequences
+  in the chip's fast memory (1,024 tokens 1,280 wide fit a v5e's). A batch that
+  is split over devices needs `layout`.
 
   Args:
     qkv: as of attend, and so valid and first.
