@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,14 +35,22 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 KERNEL_INIT = nn.initializers.normal(stddev=0.02)
 NORM_EPSILON = 1e-6
 
-_layout = contextvars.ContextVar("layout", default=(None, None, lambda f: f))
+
+class _Layout(NamedTuple):
+  activations: Callable[[jax.Array], jax.Array] | None = None
+  weights: Callable[[Any], Any] | None = None
+  per_device: Callable[[Callable], Callable] | None = None
+
+
+_NO_LAYOUT = _Layout()
+_layout = contextvars.ContextVar("layout", default=_NO_LAYOUT)
 
 
 @contextlib.contextmanager
 def layout(
   activations: Callable[[jax.Array], jax.Array] | None,
   weights: Callable[[Any], Any] | None,
-  per_device: Callable[[Callable], Callable] = lambda f: f,
+  per_device: Callable[[Callable], Callable] | None = None,
 ) -> Iterator[None]:
   """Says where networks that are traced within keep what they compute.
 
@@ -53,9 +61,9 @@ def layout(
       for the backward pass, once more: what it returns is not kept. None
       leaves them where they are.
     per_device: of a function of arrays that have the batch in front, the same
-      function on every device's own part.
+      function on every device's own part; None where there is one device.
   """
-  token = _layout.set((activations, weights, per_device))
+  token = _layout.set(_Layout(activations, weights, per_device))
   try:
     yield
   finally:
@@ -76,7 +84,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times a kernel [in, out], gathered where the layout says."""
-  gather = _layout.get()[1]
+  gather = _layout.get().weights
   if gather is None:
     return rows @ kernel
   # A gathered kernel that is kept for the backward pass would fill the memory
@@ -162,11 +170,13 @@ class Block(nn.Module):
     y = norm(name="norm1")(x)
     qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
     qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
+    # Parameters are initialised from one token, which no mesh divides.
     if self.attention == "own" or self.is_initializing():
       y = attention.attend(qkv, valid, first)
     elif self.attention == "pallas":
       fused = functools.partial(attention.attend_fused, first=first)
-      y = _layout.get()[2](fused)(qkv, valid)
+      per_device = _layout.get().per_device
+      y = (per_device(fused) if per_device else fused)(qkv, valid)
     else:
       y = attention.attend_with_jax(qkv, valid, first, self.attention)
     x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
@@ -263,7 +273,7 @@ class Transformer(nn.Module):
       per_layer["rng"] = jax.random.split(self.make_rng("dropout"), self.depth)
       per_layer["drop_path"] = jnp.linspace(0.0, self.drop_path, self.depth)
 
-    spread = _layout.get()[0]
+    spread = _layout.get().activations
 
     def apply_block(
       x: jax.Array, layer: tuple[Any, Any], first: int

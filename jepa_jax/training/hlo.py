@@ -110,8 +110,12 @@ def memory_traffic(text: str) -> float:
   """
   computations = _computations(text)
   times = _times(text, computations)
-  inside = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
-  inside |= set(re.findall(r"to_apply=%?([\w.\-]+)", text))
+  # Counted with the operation that calls them: fusions, what is started to run
+  # beside the rest, and sums of two numbers.
+  inside = set(re.findall(r"calls=%?([\w.\-]+)", text))
+  for line in text.splitlines():
+    if " call(" not in line:
+      inside.update(re.findall(r"to_apply=%?([\w.\-]+)", line))
   total = 0.0
   for name, lines in computations.items():
     if name in inside or not times[name]:

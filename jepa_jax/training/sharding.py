@@ -67,20 +67,18 @@ def network_layout(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
   none of it.
   """
   split = batch_sharding(mesh)
+  if mesh.size == 1:
+    return models.layout(None, None)
   return models.layout(
-    activations=None
-    if mesh.size == 1
-    else lambda x: jax.lax.with_sharding_constraint(x, split),
+    activations=lambda x: jax.lax.with_sharding_constraint(x, split),
     weights=None if mesh.shape["fsdp"] == 1 else gather(mesh),
     per_device=functools.partial(
       jax.shard_map,
       mesh=mesh,
       in_specs=split.spec,
       out_specs=split.spec,
-      check_vma=False,  # unknown of kernels
-    )
-    if mesh.size > 1
-    else lambda f: f,
+      check_vma=False,  # kernels do not say over which axes they vary
+    ),
   )
 
 
