@@ -1,6 +1,7 @@
 """The networks, by themselves."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jepa_jax import models
-from jepa_jax.models import attention
+from jepa_jax.models import attention, cpu, transformer
 
 B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
 SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
@@ -280,6 +281,57 @@ def test_attention_and_its_gradient_match_flax(first):
   np.testing.assert_allclose(gradient(own), gradient(flax), atol=1e-5)
   np.testing.assert_array_equal(gradient(own)[0, 2, 1:], 0)  # padding
   np.testing.assert_array_equal(gradient(own)[:, :first, 0], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_and_its_gradient_match_flax(dtype):
+  keys = jax.random.split(jax.random.key(0), 4)
+  x = (3.0 * jax.random.normal(keys[0], (2, 5, 12)) + 1.0).astype(dtype)
+  far = jax.random.normal(keys[1], x.shape)
+  params = {
+    "scale": 1.0 + jax.random.normal(keys[2], (12,)),
+    "bias": jax.random.normal(keys[3], (12,)),
+  }
+  settings = dict(epsilon=1e-3, dtype=dtype)
+
+  def values(norm):
+    y = lambda params, x: norm.apply({"params": params}, x)
+    total = lambda params, x: (y(params, x).astype(jnp.float32) * far).sum()
+    return y(params, x), jax.grad(total, argnums=(0, 1))(params, x)
+
+  own = values(transformer.LayerNorm(**settings))
+  flax = values(nn.LayerNorm(**settings, use_fast_variance=False))
+  np.testing.assert_array_equal(own[0], flax[0])
+  close = functools.partial(
+    np.testing.assert_allclose,
+    rtol=1e-5 if dtype == jnp.float32 else 1e-2,
+    atol=1e-5 if dtype == jnp.float32 else 1e-2,
+  )
+  f32 = lambda x: np.asarray(x, np.float32)
+  jax.tree.map(lambda a, b: close(f32(a), f32(b)), own[1], flax[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_gradients_of_products_are_those_of_the_plain_product(shape):
+  rows, far = (
+    jax.random.normal(jax.random.key(i), (7, shape[i])) for i in (0, 1)
+  )
+  kernel = jax.random.normal(jax.random.key(2), shape)
+  gradient = lambda f: jax.grad(
+    lambda rows, kernel: (f(rows, kernel) * far).sum(), argnums=(0, 1)
+  )(rows, kernel)
+  for own, plain in zip(gradient(cpu.matmul), gradient(jnp.matmul)):
+    np.testing.assert_allclose(own, plain, atol=1e-5)
+
+
+def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at():
+  """Those that sum along another than the left side's last axis."""
+  qkv = jnp.ones((2, 5, 3, 4, 7))
+  gradient = jax.grad(lambda qkv: attention.attend(qkv).sum())
+  text = jax.jit(gradient).lower(qkv).compile().as_text()
+  axes = set(re.findall(r"lhs_contracting_dims={(\d+)}", text))
+  ranks = set(re.findall(r"lhs_batch_dims={([\d,]+)}", text))
+  assert ranks == {"0,1"} and axes == {"3"}
 
 
 def test_attention_in_bfloat16_rounds_its_weights_and_no_more():

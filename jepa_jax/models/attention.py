@@ -10,6 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from jepa_jax.models import cpu
+
 _PADDED = -1e30  # score of what no query may see
 _SEQUENCE_BYTES = 2**20  # of queries, keys and values in a call of the kernel
 _VMEM_BYTES = 96 * 2**20  # that a call may take of a chip's
@@ -74,9 +76,8 @@ def _attend_backward(
   # For every row the sum of its weights times their gradients, from arrays
   # that are far smaller.
   # Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
-  total = jnp.einsum(
-    "bqhd,bqhd->bhq", split(dy), split(y), preferred_element_type=jnp.float32
-  )
+  wide = lambda x: split(x).astype(jnp.float32)
+  total = (wide(dy) * wide(y)).sum(axis=-1).transpose(0, 2, 1)
   dy = split(dy).transpose(0, 2, 1, 3)
   dweights = jnp.einsum(
     "bhqd,bhkd->bhqk", dy, value, preferred_element_type=jnp.float32
@@ -86,8 +87,8 @@ def _attend_backward(
   dquery = jnp.pad(
     dquery * (qkv.shape[-1] ** -0.5), ((0, 0), (0, 0), (first, 0), (0, 0))
   )
-  dkey = jnp.einsum("bhqk,bhqd->bhkd", dscores, query)
-  dvalue = jnp.einsum("bhqk,bhqd->bhkd", weights, dy)
+  dkey = jnp.einsum("bhkq,bhqd->bhkd", cpu.transposed(dscores), query)
+  dvalue = jnp.einsum("bhkq,bhqd->bhkd", cpu.transposed(weights), dy)
   return jnp.stack((dquery, dkey, dvalue)).transpose(1, 3, 0, 2, 4), None
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.models import attention
+from jepa_jax.models import attention, cpu
 
 Dtype = Any
 
@@ -70,11 +70,8 @@ def layout(
     _layout.reset(token)
 
 
-# For the backward pass, GELU and LayerNorm keep their input alone: what they
-# make of it costs more memory than time.
-LayerNorm = nn.remat(nn.LayerNorm)
-
-
+# For the backward pass, GELU and LayerNorm keep their input and two numbers a
+# patch: what they make of it costs more memory than time.
 @jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
   # Through erf: XLA has a fast polynomial for it on CPU and not for the erfc
@@ -82,14 +79,72 @@ def _gelu(x: jax.Array) -> jax.Array:
   return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Dtype
+) -> jax.Array:
+  return _layer_norm_forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _layer_norm_forward(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Dtype
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1)
+  centred = wide - mean[..., None]
+  inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1) + epsilon)
+  y = centred * (inverse[..., None] * scale) + bias
+  return y.astype(dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(
+  epsilon: float, dtype: Dtype, kept: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  del epsilon, dtype
+  x, scale, mean, inverse = kept
+  dy = dy.astype(jnp.float32)
+  normal = (x.astype(jnp.float32) - mean[..., None]) * inverse[..., None]
+  inner = dy * scale
+  dx = inverse[..., None] * (
+    inner
+    - inner.mean(axis=-1, keepdims=True)
+    - normal * (inner * normal).mean(axis=-1, keepdims=True)
+  )
+  rows = tuple(range(x.ndim - 1))
+  return dx.astype(x.dtype), (dy * normal).sum(axis=rows), dy.sum(axis=rows)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation in float32: scale [D], bias [D].
+
+  Differentiable backwards only.
+
+  Reference: Ba et al. 2016, arXiv:1607.06450.
+  """
+
+  epsilon: float = NORM_EPSILON
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D] of dtype."""
+    shape = x.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
+
+
 def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times a kernel [in, out], gathered where the layout says."""
   gather = _layout.get().weights
   if gather is None:
-    return rows @ kernel
+    return cpu.matmul(rows, kernel)
   # A gathered kernel that is kept for the backward pass would fill the memory
   # that splitting it saved: it is gathered once more.
-  return jax.checkpoint(lambda rows, kernel: rows @ gather(kernel))(
+  return jax.checkpoint(lambda rows, kernel: cpu.matmul(rows, gather(kernel)))(
     rows, kernel
   )
 
@@ -151,10 +206,7 @@ class Block(nn.Module):
     """
     train = drop_path is not None
     norm = functools.partial(
-      LayerNorm,
-      epsilon=self.norm_epsilon,
-      dtype=self.dtype,
-      use_fast_variance=False,
+      LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype
     )
     dense = functools.partial(Dense, dtype=self.dtype)
     drop = nn.Dropout(self.dropout, deterministic=not train)

@@ -226,10 +226,7 @@ class Encoder(nn.Module):
       name="transformer",
     )(x, valid, layers=layers, train=train)
     norm = transformer.LayerNorm(
-      epsilon=self.norm_epsilon,
-      dtype=self.dtype,
-      use_fast_variance=False,
-      name="norm",
+      epsilon=self.norm_epsilon, dtype=self.dtype, name="norm"
     )
     x = jnp.concatenate([norm(y) for y in outputs], axis=-1)
     return x.reshape(*lead, layers * self.width)
@@ -346,11 +343,6 @@ class Predictor(nn.Module):
       attention=self.attention,
       name="transformer",
     )(pair(seen, asked), valid, train=train, first=k)
-    x = transformer.LayerNorm(
-      epsilon=transformer.NORM_EPSILON,
-      dtype=self.dtype,
-      use_fast_variance=False,
-      name="norm",
-    )(x)
+    x = transformer.LayerNorm(dtype=self.dtype, name="norm")(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)
