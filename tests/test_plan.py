@@ -96,6 +96,32 @@ ENTRY %main (a: f32[16]) -> f32[4] {
   assert found == ("reduce-scatter", ("f32",), 16, 48, 1, 4)
 
 
+def test_what_runs_beside_the_rest_counts_once():
+  """As libtpu hands communication to a TPU's other cores."""
+  text = """
+%called (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %all-gather.7 = f32[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%beside (p: f32[4]) -> f32[16] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %custom-call.4 = f32[16]{0} custom-call(%p), custom_call_target="x", called_computations={%called}
+}
+
+ENTRY %main (a: f32[4]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %begun = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%beside
+  %given = ((f32[4]{0}), f32[16]{0}) async-update(%begun, %a)
+  ROOT %done = f32[16]{0} async-done(%given)
+}
+"""  # noqa: E501
+  (found,) = hlo.collectives(text)
+  assert found == ("all-gather", ("f32",), 16, 48, 1, 4)
+  operand, result = 16, 64
+  assert hlo.memory_traffic(text) == operand + (operand + result)
+
+
 def test_memory_traffic_leaves_out_what_stays_on_the_chip():
   text = """
 %take (p: f32[8,4]) -> f32[1,4] {
@@ -174,28 +200,26 @@ def test_each_part_of_a_step_takes_the_longer_of_its_times():
 
 
 def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
-  class Compiled:
-    def __init__(self, config):
-      config_lib.check(config)
-      self.blocks = config.encoder.depth, config.predictor.depth
-      assert not config.compute.scan and config.batch_size == 8
+  class Executable:
+    def __init__(self, encoder, predictor):
+      self.flops = 7 + 10 * encoder + 3 * predictor
 
     def cost_analysis(self):
-      encoder, predictor = self.blocks
-      flops = 7 + 10 * encoder + 3 * predictor
-      return {"flops": flops, "bytes accessed": 2 * flops}
+      return {"flops": self.flops, "bytes accessed": 2 * self.flops}
 
-    def as_text(self):
-      array = f"f32[{sum(self.blocks)}]{{0}}"
-      return (
-        f"ENTRY %main (a: {array}) -> {array} {{\n"
-        f"  %a = {array} parameter(0)\n"
-        f"  ROOT %b = {array} negate(%a)\n}}"
-      )
+  def compile_step(config, devices):
+    config_lib.check(config)
+    assert not config.compute.scan and config.batch_size == 8 and not devices
+    blocks = config.encoder.depth, config.predictor.depth
+    array = f"f32[{sum(blocks)}]{{0}}"
+    text = (
+      f"ENTRY %main (a: {array}) -> {array} {{\n"
+      f"  %a = {array} parameter(0)\n"
+      f"  ROOT %b = {array} negate(%a)\n}}"
+    )
+    return estimate.Compiled(None, Executable(*blocks), text)
 
-  monkeypatch.setattr(
-    estimate, "compile_step", lambda config, _: (None, Compiled(config))
-  )
+  monkeypatch.setattr(estimate, "compile_step", compile_step)
   config = config_lib.defaults()
   config.evaluations.imagenet = config_lib.evaluation("label")
   config.encoder.depth, config.predictor.depth = 32, 12
@@ -365,6 +389,20 @@ def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
     share * (encoder + predictor), rel=0.02
   )
   assert sum(moved.values()) < 0.02 * share * gathered
+
+
+@pytest.mark.tpu
+def test_programs_that_only_libtpu_can_read_are_planned(tmp_path):
+  flags = "--topology", "v6e:2x2", "--topology", "tpu7x:2x2x1", "--json"
+  done = run_plan(tmp_path, *flags)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for row in json.loads(done.stdout):
+    moved = {(c["kind"], c["dtype"]): c["bytes"] for c in row["collectives"]}
+    kernels = 12 * (3 * 512**2 + 4 * 256**2)
+    # Forward and backward, and forward through the target encoder.
+    least = (3 / 4) * 2 * (2 * kernels + 12 * 3 * 512**2)
+    assert row["fits"] and moved["all-gather", "bf16"] > 0.9 * least
+    assert row["argument_bytes"] < row["memory_bytes"] < row["bytes_accessed"]
 
 
 KERNELS = """

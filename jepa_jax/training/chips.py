@@ -48,8 +48,8 @@ CHIPS = (
     _TPU + "v4",
     hbm_bytes=32 * 2**30,
     hbm_bandwidth=1200e9,
-    # 1.1 PB/s of all-reduce over the 4,096 chips of a pod, rounded to links.
-    link_bandwidth=300e9,
+    # Of all-reduce in a pod, a chip; on v5e and v6e that is the links' sum.
+    link_bandwidth=1.1e15 / 4096,
   ),
   Chip(
     "TPU v5e",

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import pathlib
 import re
-from typing import Any
+import tempfile
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -92,13 +94,18 @@ def known_topologies() -> str:
   )
 
 
+class Compiled(NamedTuple):
+  """A compiled train step: its Program, what JAX made of it, its HLO text."""
+
+  program: Any
+  executable: Any
+  text: str
+
+
 def compile_step(
   config: ml_collections.ConfigDict, devices: list[Any]
-) -> tuple[Any, Any]:
+) -> Compiled:
   """Compiles the train step of a config for some devices.
-
-  Returns:
-    (Program, compiled step).
 
   Raises:
     DoesNotFit: it needs more memory than a device has.
@@ -109,11 +116,35 @@ def compile_step(
   program = program_lib.build(config, mesh)
   lowered = program.step.lower(program.state_spec, program.batch_spec)
   try:
-    return program, lowered.compile()
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise DoesNotFit(*needed_and_available(str(error))) from None
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:
+    text = _dumped(lowered)
+  return Compiled(program, compiled, text)
+
+
+def _dumped(lowered: Any) -> str:
+  """What as_text would say, by compiling once more.
+
+  jaxlib 0.10 cannot read the asynchronous operations of libtpu's programs for
+  TPU7x, while libtpu itself writes them down.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    lowered.compile(
+      compiler_options={
+        "xla_dump_to": folder,
+        "xla_dump_hlo_as_text": True,
+        "xla_dump_hlo_module_re": "jit_step",
+      }
+    )
+    # Without "before" or "after" something else in its name.
+    (path,) = pathlib.Path(folder).glob("*jit_step*.after_optimizations.txt")
+    return path.read_text()
 
 
 def needed_and_available(message: str) -> list[float | None]:
@@ -178,9 +209,9 @@ def costs(
       c.evaluations = ml_collections.ConfigDict()  # may ask for more layers
       c.batch_size //= c.accumulate_steps
       c.accumulate_steps = 1
-    compiled = compile_step(c, devices)[1]
-    analysis = compiled.cost_analysis()
-    memory = hlo.memory_traffic(compiled.as_text())
+    compiled = compile_step(c, devices)
+    analysis = compiled.executable.cost_analysis()
+    memory = hlo.memory_traffic(compiled.text)
     return Cost(analysis["flops"], analysis["bytes accessed"], memory)
 
   every = config.compute.remat_every if config.compute.remat != "none" else 1
@@ -255,14 +286,14 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
     "note": NOTE,
   }
   try:
-    program, compiled = compile_step(config, devices)
+    compiled = compile_step(config, devices)
   except DoesNotFit as error:
     return row | {
       "fits": False,
       "total_bytes": error.needs,
       "hbm_bytes": error.has or chip.hbm_bytes,
     }
-  memory = compiled.memory_analysis()
+  program, memory = compiled.program, compiled.executable.memory_analysis()
   row |= {
     "fits": True,
     "argument_bytes": memory.argument_size_in_bytes,
@@ -274,7 +305,7 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes,
   }
-  talk = hlo.collectives(compiled.as_text())
+  talk = hlo.collectives(compiled.text)
   parts = costs(config, devices)
   needed = flops.step(program.objective, config.batch_size)
   total = functools.reduce(Cost.__add__, parts.values())

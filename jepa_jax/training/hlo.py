@@ -24,7 +24,7 @@ _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLS = re.compile(
   r"(?:calls|body|condition|to_apply|true_computation|false_computation)="
-  r"%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+  r"%?([\w.\-]+)|(?:branch|called)_computations=\{([^}]*)\}"
 )
 _OPERATION = re.compile(
   r"%?([\w.\-]+) = (.*?) (" + "|".join(KINDS) + r")(-start)?\("
@@ -112,7 +112,7 @@ def memory_traffic(text: str) -> float:
   times = _times(text, computations)
   # Counted with the operation that calls them: fusions, what is started to run
   # beside the rest, and sums of two numbers.
-  inside = set(re.findall(r"calls=%?([\w.\-]+)", text))
+  inside = set(re.findall(r"call(?:s|ed_computations)=\{?%?([\w.\-]+)", text))
   for line in text.splitlines():
     if " call(" not in line:
       inside.update(re.findall(r"to_apply=%?([\w.\-]+)", line))
