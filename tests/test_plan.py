@@ -454,6 +454,29 @@ def test_the_attention_kernel_compiles_for_every_generation():
   ]
 
 
+MESH = """
+from jepa_jax import config as config_lib
+from jepa_jax.training import estimate, sharding
+
+axes = config_lib.defaults().mesh
+axes.fsdp = 8
+mesh = sharding.make_mesh(axes, estimate.devices_of("v5p:4x4x4"))
+chips = {tuple(device.coords) for device in mesh.devices.flat}
+print(*mesh.shape.values(), len(chips))
+"""
+
+
+@pytest.mark.tpu
+def test_a_mesh_may_split_the_axes_of_a_torus():
+  done = subprocess.run(
+    [sys.executable, "-c", MESH],
+    capture_output=True,
+    text=True,
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+  )
+  assert done.stdout.split() == ["8", "8", "64"], done.stderr[-3000:]
+
+
 @pytest.mark.tpu
 def test_an_unknown_topology_is_answered_with_the_known_ones(tmp_path):
   done = run_plan(tmp_path, "--topology", "v5e:3x5")

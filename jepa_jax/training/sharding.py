@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
@@ -41,12 +42,16 @@ def make_mesh(
       f"{asked} does not fit {len(devices)} devices; make the product "
       f"{len(devices)}, or one of them -1."
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    devices=devices,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-  )
+  shape, names = tuple(sizes.values()), tuple(sizes)
+  types = (jax.sharding.AxisType.Auto,) * len(sizes)
+  try:
+    return jax.make_mesh(shape, names, types, devices=devices)
+  except NotImplementedError:
+    # An axis that no axes of the slice's torus make up, as 8 on a 4x4x4.
+    placed = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, names, axis_types=types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
