@@ -246,7 +246,9 @@ def tune_cpu() -> None:
   glibc gives a step's buffers back to the kernel and faults every page in
   again in the next step; told not to, and to keep one arena for all threads,
   it ends the page faults: 1,000 of 2 MiB a step were left with an arena a
-  thread, and up to a third of its time with them. It reads its settings
+  thread, and up to a third of its time with them. The price is memory: freed
+  holes of which a little was taken are not used again for the largest buffer,
+  and some steps in there are two to five of it. glibc reads its settings
   before Python starts, hence the restart. Nothing is done where the
   environment sets GLIBC_TUNABLES already, or where an accelerator is found.
   """

@@ -109,17 +109,23 @@ def test_what_runs_beside_the_rest_counts_once():
   ROOT %custom-call.4 = f32[16]{0} custom-call(%p), custom_call_target="x", called_computations={%called}
 }
 
+%slice (p: f32[4]) -> f32[2] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %slice.1 = f32[2]{0:S(1)} slice(%p), slice={[0:2]}
+}
+
 ENTRY %main (a: f32[4]) -> f32[16] {
   %a = f32[4]{0} parameter(0)
   %begun = ((), ()) async-start(), async_execution_thread="sparsecore", calls=%beside
   %given = ((f32[4]{0}), f32[16]{0}) async-update(%begun, %a)
+  %part = ((f32[4]{0}), f32[2]{0:S(1)}) async-start(%a), calls=%slice
   ROOT %done = f32[16]{0} async-done(%given)
 }
 """  # noqa: E501
   (found,) = hlo.collectives(text)
   assert found == ("all-gather", ("f32",), 16, 48, 1, 4)
-  operand, result = 16, 64
-  assert hlo.memory_traffic(text) == operand + (operand + result)
+  operand, result, part = 16, 64, 8
+  assert hlo.memory_traffic(text) == operand + (operand + result) + part
 
 
 def test_memory_traffic_leaves_out_what_stays_on_the_chip():

@@ -130,9 +130,10 @@ def memory_traffic(text: str) -> float:
       if operation in _FREE or operation.endswith("-done"):
         continue
       operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-      if operation in ("copy-start", "slice-start"):
+      # libtpu's own files write slice-start as async-start.
+      if operation in ("copy-start", "slice-start", "async-start"):
         ends = arrays[label][:2]  # one of them may be the whole of a slice
-        moved = min(size for size, _ in ends)
+        moved = min((size for size, _ in ends), default=0)
         total += times[name] * moved * sum(main for _, main in ends)
         continue
       size = _in_main(arrays[label])
