@@ -354,15 +354,19 @@ def get_config():
 """
 
 
-def run_plan(tmp_path, *flags):
-  (tmp_path / "small.py").write_text(EXPERIMENT)
-  command = [sys.executable, "-m", "jepa_jax.plan", "--config"]
+def run_python(*arguments):
   return subprocess.run(
-    [*command, str(tmp_path / "small.py"), *flags],
+    [sys.executable, *arguments],
     capture_output=True,
     text=True,
     env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
   )
+
+
+def run_plan(tmp_path, *flags):
+  experiment = tmp_path / "small.py"
+  experiment.write_text(EXPERIMENT)
+  return run_python("-m", "jepa_jax.plan", "--config", str(experiment), *flags)
 
 
 @pytest.mark.tpu
@@ -444,12 +448,7 @@ for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
 
 @pytest.mark.tpu
 def test_the_attention_kernel_compiles_for_every_generation():
-  done = subprocess.run(
-    [sys.executable, "-c", KERNELS],
-    capture_output=True,
-    text=True,
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-  )
+  done = run_python("-c", KERNELS)
   assert done.returncode == 0, done.stderr[-3000:]
   assert done.stdout.split() == [
     "v4:2x2x1",
@@ -474,12 +473,7 @@ print(*mesh.shape.values(), len(chips))
 
 @pytest.mark.tpu
 def test_a_mesh_may_split_the_axes_of_a_torus():
-  done = subprocess.run(
-    [sys.executable, "-c", MESH],
-    capture_output=True,
-    text=True,
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-  )
+  done = run_python("-c", MESH)
   assert done.stdout.split() == ["8", "8", "64"], done.stderr[-3000:]
 
 

@@ -70,8 +70,8 @@ def layout(
     _layout.reset(token)
 
 
-# For the backward pass, GELU and LayerNorm keep their input and two numbers a
-# patch: what they make of it costs more memory than time.
+# For the backward pass, GELU keeps its input, and LayerNorm its input and two
+# numbers a patch: what they make of these costs more memory than time.
 @jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
   # Through erf: XLA has a fast polynomial for it on CPU and not for the erfc

@@ -132,7 +132,7 @@ def _dumped(lowered: Any) -> str:
   """What as_text would say, by compiling once more.
 
   jaxlib 0.10 cannot read the asynchronous operations of libtpu's programs for
-  TPU7x, while libtpu itself writes them down.
+  v6e and TPU7x, while libtpu itself writes them down.
   """
   with tempfile.TemporaryDirectory() as folder:
     lowered.compile(
