@@ -69,21 +69,22 @@ with checkpoints.Checkpoints(copy, config.checkpoint) as saved:
 """
 
 # Two processes: argv is config file, a checkpoint folder of one process, where
-# to save it again, and a folder whose newest checkpoint is damaged.
-RESTORE = """
-import argparse, sys
+# to save it again, a folder whose newest checkpoint is damaged, and one on a
+# disk that is full for the second process, then for the first, then for none.
+CHECKPOINTS = """
+import argparse, resource, signal, sys
 import numpy as np
 from jepa_jax import command
 from jepa_jax.training import checkpoints, distributed, sharding
 from jepa_jax.training import program as program_lib
 
 parser = argparse.ArgumentParser()
-parser.add_argument("paths", nargs=4)
+parser.add_argument("paths", nargs=5)
 distributed.add_flags(parser)
 
 def main(flags):
   import jax
-  file, source, copy, damaged = flags.paths
+  file, source, copy, damaged, full = flags.paths
   config = command.load_config(file)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   with checkpoints.Checkpoints(source) as saved:
@@ -93,6 +94,17 @@ def main(flags):
   with checkpoints.Checkpoints(damaged) as saved:
     print("fell back to", int(saved.restore(program.state_spec).step))
   me = jax.process_index()
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  most = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with checkpoints.Checkpoints(full, config.checkpoint) as saved:
+    for step, process in enumerate((1, 0, None)):
+      state = state.replace(step=0 * state.step + step)
+      if me == process:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, most[1]))
+      saved.save(state)
+      saved.wait()
+      resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    print("saved", saved.steps())
   rows = np.arange(4 * 3).reshape(4, 3) + 12 * me
   whole = distributed.gather(rows, sharding.batch_sharding(program.mesh))
   np.testing.assert_array_equal(whole, np.arange(24).reshape(8, 3))
@@ -296,12 +308,15 @@ def test_checkpoints_restore_on_other_meshes_and_process_counts(
     path.write_bytes(b"\0" * 50)
   source = meshes / "1x8" / "checkpoints"
   codes, said = under_slurm(
-    "-c", RESTORE, file, source, tmp_path / "copy", damaged
+    *("-c", CHECKPOINTS, file, source, tmp_path / "copy", damaged),
+    tmp_path / "full",
   )
   assert codes == [0, 0], said
   assert all("fell back to 4" in out for out, _ in said)
   errors = said[0][1] + said[1][1]
   assert "checkpoint 6" in errors and "trying the one before" in errors
+  assert all("saved [2]" in out for out, _ in said), said
+  assert "process 1 could not do its part); training goes on" in said[0][1]
   _, expected = restore(file, meshes / "1x8" / "checkpoints")
   assert_equal(restore(file, tmp_path / "copy")[1], expected)
 

@@ -5,7 +5,9 @@ state is all that a checkpoint holds.
 """
 
 import contextlib
+import itertools
 import pathlib
+import tempfile
 from typing import Any
 
 from absl import logging
@@ -17,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jepa_jax.training import distributed
 from jepa_jax.training import program as program_lib
 
+_saves = itertools.count()  # alike in all processes
 _HALF = "*.orbax-checkpoint-tmp*"  # names that Orbax gives while it writes
 
 
@@ -49,6 +52,7 @@ class Checkpoints:
       for half in self._folder.glob(_HALF):
         logging.warning("half-written checkpoint %s is ignored", half.name)
     self._saving: int | None = None  # step that is not known to be on disk
+    self._task = ""  # the name that all processes have for that save
     self._broken = False  # whether the last save has failed
     self._manager = self._open()
 
@@ -74,6 +78,9 @@ class Checkpoints:
         read_only=settings is None,
         cleanup_tmp_directories=settings is not None,
         create=False,
+        async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._meet)
+        if distributed.active()
+        else None,
         # Barriers by the coordinator: the default is a collective of the
         # devices, which would get between those of the steps.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -83,6 +90,11 @@ class Checkpoints:
         else ocp.options.MultiprocessingOptions(),
       ),
     )
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    # Where one process cannot write its part, the others are not to wait for
+    # it until Orbax's time is up.
+    distributed.meet(key, self._task, timeout_ms / 1000)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -115,7 +127,14 @@ class Checkpoints:
       self._broken = False
     if step in self._manager.all_steps():
       return
-    self._saving = step
+    self._saving, self._task = step, f"save {next(_saves)}"
+    try:
+      self._check_room()
+    except OSError as error:
+      self._warn(error)
+    if not distributed.agree(not self._broken):
+      self._saving = None  # nothing was begun
+      return
     try:
       self._manager.save(
         step,
@@ -125,6 +144,15 @@ class Checkpoints:
       )
     except Exception as error:  # Orbax and tensorstore raise many kinds.
       self._warn(error)
+
+  def _check_room(self) -> None:
+    """Raises OSError if process 0 cannot make a folder and a file in it.
+
+    Orbax has it make one while the others wait for that, without an end.
+    """
+    if distributed.active() and not jax.process_index():
+      with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+        (pathlib.Path(folder) / "probe").write_bytes(bytes(4096))
 
   def wait(self) -> bool:
     """Waits for a save under way; whether it came to be on disk."""
@@ -139,6 +167,7 @@ class Checkpoints:
 
   def _warn(self, error: Exception) -> None:
     step, self._saving, self._broken = self._saving, None, True
+    distributed.give_up(self._task)
     logging.error(
       "checkpoint %s could not be saved (%s: %.300s); training goes on and "
       "tries again at the next one",

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,43 @@ def barrier(name: str) -> None:
       timeout=_BARRIER_SECONDS,
       processes=set(range(jax.process_count())),
     )
+
+
+def meet(name: str, task: str, seconds: float) -> None:
+  """Returns when every process has come here; each name once a run.
+
+  Raises:
+    RuntimeError: a process has given the task up; TimeoutError: one does not
+      come.
+  """
+  import jax
+  import orbax.checkpoint as ocp
+
+  store = ocp.multihost.get_jax_distributed_client()
+  store.key_value_increment(name, 1)
+  deadline = time.monotonic() + seconds
+  while int(store.key_value_try_get(name)) < jax.process_count():
+    # The folder of keys: to ask for a key that was not set is an error.
+    for _, process in store.key_value_dir_get(_given_up(task)):
+      raise RuntimeError(f"process {process} could not do its part")
+    if time.monotonic() > deadline:
+      raise TimeoutError(f"a process did not come within {seconds:.0f} s")
+    time.sleep(0.2)
+
+
+def give_up(task: str) -> None:
+  """Ends the others' wait in `meet`, which this process will not reach."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  if active():
+    store = ocp.multihost.get_jax_distributed_client()
+    me = str(jax.process_index())
+    store.key_value_set(_given_up(task) + me, me, allow_overwrite=True)
+
+
+def _given_up(task: str) -> str:
+  return f"jepa_jax/given_up/{task}/"
 
 
 @contextlib.contextmanager
