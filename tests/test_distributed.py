@@ -317,6 +317,7 @@ def test_checkpoints_restore_on_other_meshes_and_process_counts(
   assert "checkpoint 6" in errors and "trying the one before" in errors
   assert all("saved [2]" in out for out, _ in said), said
   assert "process 1 could not do its part); training goes on" in said[0][1]
+  assert "checkpoint 1 could not be saved (OSError" in said[0][1]
   _, expected = restore(file, meshes / "1x8" / "checkpoints")
   assert_equal(restore(file, tmp_path / "copy")[1], expected)
 

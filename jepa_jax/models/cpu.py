@@ -1,8 +1,8 @@
-"""What XLA's CPU backend needs to be fast.
+"""Products of matrices as XLA's CPU backend is fast at them.
 
 Its fast kernels take products along the left side's last axis and the right
 side's last but one; what is summed along another axis goes to kernels that
-take several times as long. Other backends see the plain operations.
+take several times as long. Other backends see the plain products.
 """
 
 import jax
@@ -15,16 +15,6 @@ def transposed(x: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(
     x, cpu=lambda x: jax.lax.optimization_barrier(swap(x)), default=swap
   )
-
-
-def apart(x: jax.Array) -> jax.Array:
-  """x itself; on a CPU what is made of it is compiled apart from what made it.
-
-  A reduction that alone reads a block's output would take the block's products
-  into one kernel, which is slower than the block and the reduction.
-  """
-  barrier = jax.lax.optimization_barrier
-  return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.models import cpu, transformer
+from jepa_jax.models import transformer
 
 # Encoder sizes by name; the keys are the arguments of Encoder.
 SIZES: dict[str, dict[str, Any]] = {
@@ -228,7 +228,6 @@ class Encoder(nn.Module):
     norm = transformer.LayerNorm(
       epsilon=self.norm_epsilon, dtype=self.dtype, name="norm"
     )
-    outputs[-1] = cpu.apart(outputs[-1])
     x = jnp.concatenate([norm(y) for y in outputs], axis=-1)
     return x.reshape(*lead, layers * self.width)
 
