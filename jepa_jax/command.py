@@ -56,6 +56,7 @@ def run(
     if hasattr(arguments, "coordinator"):
       distributed.join(arguments)
     code = main(arguments) or 0
+    distributed.part(code)
   except Exception as error:
     if distributed.lost(error):
       distributed.leave_lost(error)

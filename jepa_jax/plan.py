@@ -12,8 +12,10 @@ import argparse
 from collections.abc import Iterator
 import json
 import math
+import sys
 
 import ml_collections
+import tqdm
 
 from jepa_jax import command
 from jepa_jax.training import estimate
@@ -136,14 +138,25 @@ def details(row: estimate.Row) -> str:
   return "\n".join(lines)
 
 
+def plans(arguments: argparse.Namespace) -> Iterator[estimate.Row]:
+  """The rows that the command's flags ask for, one by one."""
+  for topology in arguments.topology:
+    if arguments.search:
+      yield from search(arguments.config, topology)
+    else:
+      yield estimate.step(arguments.config, topology)
+
+
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   rows: list[estimate.Row] = []
-  for topology in arguments.topology:
-    if arguments.search:
-      rows += search(arguments.config, topology)
-    else:
-      rows.append(estimate.step(arguments.config, topology))
+  # On a terminal, a line for every row as it comes: each takes minutes.
+  with tqdm.tqdm(plans(arguments), unit=" plans", disable=None) as bar:
+    for row in bar:
+      if not bar.disable:
+        head, line = show([row]).splitlines()
+        bar.write(line if rows else f"{head}\n{line}", file=sys.stderr)
+      rows.append(row)
   if arguments.json:
     print(json.dumps(rows, indent=2))
     return 0
