@@ -57,6 +57,10 @@ def run(
       distributed.join(arguments)
     code = main(arguments) or 0
     distributed.part(code)
+  except distributed.GivenUp as error:
+    print(f"{error}; its message says why.", file=sys.stderr)
+    code = distributed.EXIT_LOST
+    distributed.part(code)
   except Exception as error:
     if distributed.lost(error):
       distributed.leave_lost(error)

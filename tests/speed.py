@@ -217,6 +217,7 @@ def jax_step(settings: dict[str, Any]) -> Callable[[], float]:
   config.data.image_size = settings["image_size"]
   config.data.source, config.data.name = "scenes", "scenes"
   config.batch_size = settings["batch_size"]
+  config.accumulate_steps = settings["accumulate_steps"]
   config.total = "1000 steps"
   config.optimizer.warmup = "10 steps"
   config.masks.context_patches = settings["context"]
@@ -316,6 +317,7 @@ def _work(name: str, settings: dict[str, Any], pipe: Any) -> None:
         "seconds": seconds / count,
         "cpu_seconds": cpu / count,
         "minor_faults": faults / count,
+        "peak_gib": after.ru_maxrss / 2**20,  # Linux counts in KiB
       }
     )
 
@@ -379,6 +381,9 @@ def parse_flags() -> argparse.ArgumentParser:
       "--pause", type=float, default=0.5, help="seconds before each turn"
     )
   sub.add_argument("--setting", choices=SETTINGS, default="a")
+  sub.add_argument(
+    "--accumulate_steps", type=int, default=1, help="of ours alone"
+  )
   sub = commands.choices["encode"]
   sub.add_argument("--size", choices=models.SIZES, default="b")
   sub.add_argument("--image_size", type=int, default=224, help="pixels")

@@ -322,6 +322,17 @@ def test_checkpoints_restore_on_other_meshes_and_process_counts(
   assert_equal(restore(file, tmp_path / "copy")[1], expected)
 
 
+def test_what_one_process_finds_wrong_ends_all_with_a_line(file, tmp_path):
+  flags = f"-m jepa_jax.train --config {file} --workdir {tmp_path / 'run'}"
+  flags += " --processes 2 --config.batch_size=7"
+  code, _, errors = run(*flags.split())
+  assert code == command.EXIT_BAD_INPUT
+  assert "ValueError: batch_size 7 in 1 slices is not a multiple of 8" in errors
+  assert "process 0 could not do its part; its message says why." in errors
+  assert "Check failure" not in errors and "Traceback" not in errors
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow  # three pairs of processes
 def test_a_kill_ends_both_and_a_signal_stops_both_and_all_goes_on(
   file, whole, tmp_path

@@ -148,7 +148,8 @@ class Checkpoints:
   def _check_room(self) -> None:
     """Raises OSError if process 0 cannot make a folder and a file in it.
 
-    Orbax has it make one while the others wait for that, without an end.
+    Where Orbax's own folder cannot be made, the others wait for it until
+    Orbax's time is up.
     """
     if distributed.active() and not jax.process_index():
       with tempfile.TemporaryDirectory(dir=self._folder) as folder:

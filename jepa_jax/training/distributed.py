@@ -187,12 +187,15 @@ def barrier(name: str) -> None:
     )
 
 
+class GivenUp(Exception):
+  """Another process has given up what it was to do; see its own message."""
+
+
 def meet(name: str, task: str, seconds: float) -> None:
   """Returns when every process has come here; each name once a run.
 
   Raises:
-    RuntimeError: a process has given the task up; TimeoutError: one does not
-      come.
+    GivenUp: a process has given the task up; TimeoutError: one does not come.
   """
   import jax
   import orbax.checkpoint as ocp
@@ -203,7 +206,7 @@ def meet(name: str, task: str, seconds: float) -> None:
   while int(store.key_value_try_get(name)) < jax.process_count():
     # The folder of keys: to ask for a key that was not set is an error.
     for _, process in store.key_value_dir_get(_given_up(task)):
-      raise RuntimeError(f"process {process} could not do its part")
+      raise GivenUp(f"process {process} could not do its part")
     if time.monotonic() > deadline:
       raise TimeoutError(f"a process did not come within {seconds:.0f} s")
     time.sleep(0.2)
@@ -230,14 +233,25 @@ def first_process_first(name: str) -> Iterator[None]:
 
   For what process 0 makes and the others find, such as a prepared data set.
   Nothing in it may be collective.
+
+  Raises:
+    GivenUp: the body has failed in process 0, which raises its own error.
   """
   import jax
 
-  if jax.process_index():
-    barrier(name)
-  yield
-  if not jax.process_index():
-    barrier(name)
+  if not active():
+    yield
+  elif jax.process_index():
+    meet(name, name, _BARRIER_SECONDS)
+    yield
+  else:
+    try:
+      yield
+    except Exception:
+      give_up(name)
+      jax.distributed.shutdown()  # returns when the others have left
+      raise
+    meet(name, name, _BARRIER_SECONDS)
 
 
 def agree(value: bool) -> bool:
