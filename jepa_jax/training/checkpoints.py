@@ -7,6 +7,7 @@ state is all that a checkpoint holds.
 import contextlib
 import itertools
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 
@@ -60,6 +61,11 @@ class Checkpoints:
     settings = self._settings
     policies: list[Any] = []
     if settings is not None:
+      # Before anything is saved: Orbax would remove these in a thread, which
+      # fails the save where that of the manager before is still at it.
+      if not jax.process_index():
+        for half in self._folder.glob(_HALF):
+          shutil.rmtree(half, ignore_errors=True)
       policies.append(preservation_policy.LatestN(settings.keep))
       if settings.keep_best:
         policies.append(
@@ -76,7 +82,6 @@ class Checkpoints:
         if policies
         else None,
         read_only=settings is None,
-        cleanup_tmp_directories=settings is not None,
         create=False,
         async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._meet)
         if distributed.active()
