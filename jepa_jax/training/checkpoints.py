@@ -49,9 +49,6 @@ class Checkpoints:
       self._folder.mkdir(parents=True, exist_ok=True)
     elif not self._folder.is_dir():
       raise ValueError(f"no checkpoints in {self._folder}.")
-    if settings is not None and not jax.process_index():
-      for half in self._folder.glob(_HALF):
-        logging.warning("half-written checkpoint %s is ignored", half.name)
     self._saving: int | None = None  # step that is not known to be on disk
     self._task = ""  # the name that all processes have for that save
     self._broken = False  # whether the last save has failed
@@ -60,12 +57,13 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     settings = self._settings
     policies: list[Any] = []
-    if settings is not None:
+    if settings is not None and not jax.process_index():
       # Before anything is saved: Orbax would remove these in a thread, which
       # fails the save where that of the manager before is still at it.
-      if not jax.process_index():
-        for half in self._folder.glob(_HALF):
-          shutil.rmtree(half, ignore_errors=True)
+      for half in self._folder.glob(_HALF):
+        logging.warning("half-written checkpoint %s is removed", half.name)
+        shutil.rmtree(half, ignore_errors=True)
+    if settings is not None:
       policies.append(preservation_policy.LatestN(settings.keep))
       if settings.keep_best:
         policies.append(
