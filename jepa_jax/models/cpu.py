@@ -17,6 +17,20 @@ def transposed(x: jax.Array) -> jax.Array:
   )
 
 
+def row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """Sums the rows of x [R, D], weighted by [D]: [R, 1].
+
+  A product on a CPU: XLA puts a sum that is spread over its row again into
+  one kernel with what comes before and after, which writes both in full.
+  """
+  return jax.lax.platform_dependent(
+    x,
+    weights,
+    cpu=lambda x, weights: (x @ weights)[:, None],
+    default=lambda x, weights: (x * weights).sum(axis=-1, keepdims=True),
+  )
+
+
 @jax.custom_vjp
 def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].

@@ -102,16 +102,20 @@ def _layer_norm_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   del epsilon, dtype
   x, scale, mean, inverse = kept
-  dy = dy.astype(jnp.float32)
-  normal = (x.astype(jnp.float32) - mean[..., None]) * inverse[..., None]
-  inner = dy * scale
-  dx = inverse[..., None] * (
-    inner
-    - inner.mean(axis=-1, keepdims=True)
-    - normal * (inner * normal).mean(axis=-1, keepdims=True)
+  rows = lambda x: x.reshape(-1, scale.size).astype(jnp.float32)
+  dy, inverse = rows(dy), inverse.reshape(-1, 1)
+  normal = (rows(x) - mean.reshape(-1, 1)) * inverse
+  dscale = dy * normal
+  dx = inverse * (
+    dy * scale
+    - cpu.row_sums(dy, scale) / scale.size
+    - normal * cpu.row_sums(dscale, scale) / scale.size
   )
-  rows = tuple(range(x.ndim - 1))
-  return dx.astype(x.dtype), (dy * normal).sum(axis=rows), dy.sum(axis=rows)
+  return (
+    dx.reshape(x.shape).astype(x.dtype),
+    dscale.sum(axis=0),
+    dy.sum(axis=0),
+  )
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
