@@ -18,16 +18,19 @@ def transposed(x: jax.Array) -> jax.Array:
 
 
 def row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """Sums the rows of x [R, D], weighted by [D]: [R, 1].
+  """Sums of rows: x [..., D] times weights [D], summed over D -> [...].
 
-  A product on a CPU: XLA puts a sum that is spread over its row again into
-  one kernel with what comes before and after, which writes both in full.
+  A product on a CPU: XLA joins a sum with what spreads it over its row again,
+  and then writes and reads whole arrays of what are few numbers.
   """
+  product = lambda x, weights: (x.reshape(-1, x.shape[-1]) @ weights).reshape(
+    x.shape[:-1]
+  )
   return jax.lax.platform_dependent(
     x,
     weights,
-    cpu=lambda x, weights: (x @ weights)[:, None],
-    default=lambda x, weights: (x * weights).sum(axis=-1, keepdims=True),
+    cpu=product,
+    default=lambda x, weights: (x * weights).sum(axis=-1),
   )
 
 

@@ -90,9 +90,10 @@ def _layer_norm_forward(
   x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Dtype
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   wide = x.astype(jnp.float32)
-  mean = wide.mean(axis=-1)
+  average = lambda x: cpu.row_sums(x, jnp.ones_like(scale)) / scale.size
+  mean = average(wide)
   centred = wide - mean[..., None]
-  inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1) + epsilon)
+  inverse = jax.lax.rsqrt(average(jnp.square(centred)) + epsilon)
   y = centred * (inverse[..., None] * scale) + bias
   return y.astype(dtype), (x, scale, mean, inverse)
 
@@ -102,20 +103,15 @@ def _layer_norm_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   del epsilon, dtype
   x, scale, mean, inverse = kept
-  rows = lambda x: x.reshape(-1, scale.size).astype(jnp.float32)
-  dy, inverse = rows(dy), inverse.reshape(-1, 1)
-  normal = (rows(x) - mean.reshape(-1, 1)) * inverse
+  dy = dy.astype(jnp.float32)
+  normal = (x.astype(jnp.float32) - mean[..., None]) * inverse[..., None]
   dscale = dy * normal
-  dx = inverse * (
-    dy * scale
-    - cpu.row_sums(dy, scale) / scale.size
-    - normal * cpu.row_sums(dscale, scale) / scale.size
+  average = lambda x: cpu.row_sums(x, scale)[..., None] / scale.size
+  dx = inverse[..., None] * (
+    dy * scale - average(dy) - normal * average(dscale)
   )
-  return (
-    dx.reshape(x.shape).astype(x.dtype),
-    dscale.sum(axis=0),
-    dy.sum(axis=0),
-  )
+  rows = tuple(range(x.ndim - 1))
+  return dx.astype(x.dtype), dscale.sum(axis=rows), dy.sum(axis=rows)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
