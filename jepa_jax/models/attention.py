@@ -76,8 +76,9 @@ def _attend_backward(
   # For every row the sum of its weights times their gradients, from arrays
   # that are far smaller.
   # Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
-  wide = lambda x: split(x).astype(jnp.float32)
-  total = (wide(dy) * wide(y)).sum(axis=-1).transpose(0, 2, 1)
+  total = cpu.head_sums(
+    dy.astype(jnp.float32) * y.astype(jnp.float32), qkv.shape[3]
+  ).transpose(0, 2, 1)
   dy = split(dy).transpose(0, 2, 1, 3)
   dweights = jnp.einsum(
     "bhqd,bhkd->bhqk", dy, value, preferred_element_type=jnp.float32

@@ -6,6 +6,7 @@ take several times as long. Other backends see the plain products.
 """
 
 import jax
+import jax.numpy as jnp
 
 
 def transposed(x: jax.Array) -> jax.Array:
@@ -31,6 +32,25 @@ def row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
     weights,
     cpu=product,
     default=lambda x, weights: (x * weights).sum(axis=-1),
+  )
+
+
+def head_sums(x: jax.Array, heads: int) -> jax.Array:
+  """Sums over each head's part of x [..., heads * head_dim]: [..., heads].
+
+  A product on a CPU, so that x is read as the other products read it: XLA
+  makes a copy with split heads otherwise.
+  """
+  *axes, width = x.shape
+
+  def product(x):
+    parts = jnp.repeat(jnp.eye(heads, dtype=x.dtype), width // heads, axis=0)
+    return (x.reshape(-1, width) @ parts).reshape(*axes, heads)
+
+  return jax.lax.platform_dependent(
+    x,
+    cpu=product,
+    default=lambda x: x.reshape(*axes, heads, -1).sum(axis=-1),
   )
 
 
