@@ -328,9 +328,10 @@ def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at():
   qkv = jnp.ones((2, 5, 3, 4, 7))
   gradient = jax.grad(lambda qkv: attention.attend(qkv).sum())
   text = jax.jit(gradient).lower(qkv).compile().as_text()
-  axes = set(re.findall(r"lhs_contracting_dims={(\d+)}", text))
-  ranks = set(re.findall(r"lhs_batch_dims={([\d,]+)}", text))
-  assert ranks == {"0,1"} and axes == {"3"}
+  batched = r"lhs_batch_dims={([\d,]+)}, lhs_contracting_dims={(\d+)}"
+  flat = r"dot\([^)]*\), lhs_contracting_dims={(\d+)}"  # of [B * N, D]
+  assert set(re.findall(batched, text)) == {("0,1", "3")}
+  assert set(re.findall(flat, text)) == {"1"}
 
 
 def test_attention_in_bfloat16_rounds_its_weights_and_no_more():
