@@ -56,6 +56,15 @@ def test_step_moves_parameters_and_counts(objective_config):
     state.params,
   )
   assert all(x > 0 for x in jax.tree.leaves(moved)), moved
+  # After one step the first moment is 1 - b1 times the gradient.
+  first_moment = state.opt_state[0].mu
+  share = 1 - objective_config.optimizer.b1
+  for name, part in {"": first_moment, **first_moment}.items():
+    squares = sum(
+      np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(part)
+    )
+    logged = metrics[f"grad_norm/{name}".removesuffix("/")]
+    assert float(logged) == pytest.approx(np.sqrt(squares) / share, rel=1e-5)
 
 
 def test_step_compiles_once(objective_config):
