@@ -54,18 +54,6 @@ def head_sums(x: jax.Array, heads: int) -> jax.Array:
   )
 
 
-def square_sum(x: jax.Array) -> jax.Array:
-  """Sum of the squares of all of x: a number.
-
-  A product on a CPU: XLA writes an array of the squares otherwise.
-  """
-  return jax.lax.platform_dependent(
-    x,
-    cpu=lambda x: jnp.vdot(x, x),
-    default=lambda x: jnp.square(x).sum(),
-  )
-
-
 @jax.custom_vjp
 def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].

@@ -17,7 +17,6 @@ import optax
 
 from jepa_jax import config as config_lib
 from jepa_jax import objectives
-from jepa_jax.models import cpu
 from jepa_jax.training import optimizer, sharding
 
 
@@ -196,10 +195,7 @@ def _make_step(
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     grads, loss = accumulated_gradients(state, batch, rng)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    # Before they are divided: a CPU would write and read them once more.
-    norms = {name: _norm(part) / loss.weight for name, part in grads.items()}
-    grads = jax.tree.map(lambda g: g / loss.weight, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / loss.weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     momentum = optimizer.lookup(schedules.momentum, state.step)
@@ -213,8 +209,11 @@ def _make_step(
       "learning_rate": optimizer.lookup(schedules.lr, state.step),
       "weight_decay": optimizer.lookup(schedules.weight_decay, state.step),
       "momentum": momentum,
-      "grad_norm": jnp.sqrt(sum(norm**2 for norm in norms.values())),
-      **{f"grad_norm/{name}": norm for name, norm in norms.items()},
+      "grad_norm": optax.tree.norm(grads),
+      **{
+        f"grad_norm/{name}": optax.tree.norm(part)
+        for name, part in grads.items()
+      },
       **loss.metrics,
     }
     new_state = TrainState(
@@ -226,10 +225,6 @@ def _make_step(
     return new_state, metrics, loss.features
 
   return step
-
-
-def _norm(tree: Any) -> jax.Array:
-  return jnp.sqrt(sum(cpu.square_sum(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def _nearest_multiples(
