@@ -10,6 +10,10 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 )
 
+# The numbers that tests compare with are a CPU's, and of the processes that
+# run tests at once one alone could open a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import pytest
 
 from jepa_jax import config as config_lib
