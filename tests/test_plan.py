@@ -402,6 +402,24 @@ def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
 
 
 @pytest.mark.tpu
+def test_the_compiler_knows_every_topology_that_search_may_try():
+  code = """
+import json
+from jepa_jax.training import estimate
+print(json.dumps({
+  f"{family}:{shape}": len(estimate.devices_of(f"{family}:{shape}"))
+  for family, shapes in estimate.TOPOLOGIES.items() for shape in shapes
+}))
+"""
+  done = run_python("-c", code)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for topology, devices in json.loads(done.stdout).items():
+    family, _, shape = topology.partition(":")
+    chips_there = math.prod(int(n) for n in shape.split("x"))
+    assert devices == chips_there * (2 if family == "tpu7x" else 1), topology
+
+
+@pytest.mark.tpu
 def test_programs_that_only_libtpu_can_read_are_planned(tmp_path):
   flags = "--topology", "v6e:2x2", "--topology", "tpu7x:2x2x1", "--json"
   done = run_plan(tmp_path, *flags)

@@ -72,9 +72,14 @@ def devices_of(topology: str) -> list[Any]:
 
   # A chip that is there is left alone.
   jax.config.update("jax_platforms", "cpu")
-  family = topology.partition(":")[0]
-  # Both cores of a v4 chip work as one device, as they do on such a host.
-  options = {"chip_config_name": "megacore"} if family == "v4" else {}
+  family, _, shape = topology.partition(":")
+  options: dict[str, Any] = {}
+  if family == "v4":
+    # Both cores of a chip work as one device, as they do on such a host.
+    options["chip_config_name"] = "megacore"
+  if set(shape.split("x")) == {"1"}:
+    # Older compilers take four chips a host for granted.
+    options["chips_per_host_bounds"] = (1, 1, 1)
   try:
     found = topologies.get_topology_desc(topology, platform="tpu", **options)
   except jax.errors.JaxRuntimeError as error:
