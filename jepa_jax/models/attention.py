@@ -36,9 +36,9 @@ def attend(
 
 
 # Kept for the backward pass are arrays that are there already, and the
-# attention weights in the type in which they met the values: left to itself,
-# JAX keeps these in float32 besides, and queries, keys and values with a last
-# axis so short that a TPU fills it up.
+# attention weights, not yet divided by their sums, in the type in which they
+# met the values: left to itself, JAX keeps these in float32 besides, and
+# queries, keys and values with a last axis so short that a TPU fills it up.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(qkv: jax.Array, valid: jax.Array | None, first: int) -> jax.Array:
   return _attend_forward(qkv, valid, first)[0]
@@ -48,8 +48,9 @@ def _heads_first(
   qkv: jax.Array, first: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scaled queries, keys and values, each [B, heads, tokens, head_dim]."""
-  query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-  return query[:, :, first:] * (qkv.shape[-1] ** -0.5), key, value
+  query = qkv[:, first:, 0] * (qkv.shape[-1] ** -0.5)
+  key, value = qkv[:, :, 1], qkv[:, :, 2]
+  return tuple(x.transpose(0, 2, 1, 3) for x in (query, key, value))
 
 
 def _attend_forward(
@@ -61,16 +62,22 @@ def _attend_forward(
   )
   if valid is not None:
     scores = jnp.where(valid[:, None, None, :], scores, _PADDED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  y = jnp.einsum("bhqk,bhkd->bhqd", weights, value).transpose(0, 2, 1, 3)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+  # The softmax's sums divide what is far smaller than its weights.
+  share = 1.0 / weights.sum(axis=-1, keepdims=True)
+  weights = weights.astype(value.dtype)
+  y = jnp.einsum(
+    "bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32
+  )
+  y = (y * share).astype(value.dtype).transpose(0, 2, 1, 3)
   y = y.reshape(*y.shape[:2], -1)
-  return y, (qkv, weights, y)
+  return y, (qkv, weights, share, y)
 
 
 def _attend_backward(
   first: int, kept: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, None]:
-  qkv, weights, y = kept
+  qkv, weights, share, y = kept
   query, key, value = _heads_first(qkv, first)
   split = lambda x: x.reshape(*x.shape[:2], *qkv.shape[3:])
   # For every row the sum of its weights times their gradients, from arrays
@@ -78,12 +85,12 @@ def _attend_backward(
   # Reference: Dao et al. 2022, appendix B.2, arXiv:2205.14135.
   total = cpu.head_sums(
     dy.astype(jnp.float32) * y.astype(jnp.float32), qkv.shape[3]
-  ).transpose(0, 2, 1)
-  dy = split(dy).transpose(0, 2, 1, 3)
+  ).transpose(0, 2, 1)[..., None]
+  dy = (split(dy).transpose(0, 2, 1, 3) * share).astype(dy.dtype)
   dweights = jnp.einsum(
     "bhqd,bhkd->bhqk", dy, value, preferred_element_type=jnp.float32
   )
-  dscores = (weights * (dweights - total[..., None])).astype(qkv.dtype)
+  dscores = (weights * (dweights - total * share)).astype(qkv.dtype)
   dquery = jnp.einsum("bhqk,bhkd->bhqd", dscores, key)
   dquery = jnp.pad(
     dquery * (qkv.shape[-1] ** -0.5), ((0, 0), (0, 0), (first, 0), (0, 0))
