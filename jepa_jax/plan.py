@@ -97,12 +97,12 @@ def show(rows: list[estimate.Row]) -> str:
     if row["fits"]:
       line += (
         f"{row['flops_ratio'] or math.nan:.3f}",
-        f"{row['bound_seconds']:.3f}",
+        _short(row["bound_seconds"]),
         row["limited_by"],
         f"{row['utilisation'] or math.nan:.0%}",
-        f"{row['images_per_second_per_chip']:.1f}",
-        f"{row['hours']:.1f}",
-        f"{row['chip_hours']:.0f}",
+        _short(row["images_per_second_per_chip"]),
+        _short(row["hours"]),
+        _short(row["chip_hours"]),
       )
     else:
       line += ("does not fit",)
@@ -114,6 +114,11 @@ def show(rows: list[estimate.Row]) -> str:
   return "\n".join(
     "  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths)) for line in table
   )
+
+
+def _short(value: float) -> str:
+  """Three digits that count, so that tiny models do not show as 0."""
+  return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def details(row: estimate.Row) -> str:
