@@ -310,7 +310,11 @@ def test_layer_norm_and_its_gradient_match_flax(dtype):
   jax.tree.map(lambda a, b: close(f32(a), f32(b)), own, flax)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+# The last is too wide, and its sums are too long, for Eigen.
+PRODUCTS = [(5, 3), (3, 5), (259, 131)]
+
+
+@pytest.mark.parametrize("shape", PRODUCTS)
 def test_gradients_of_products_are_those_of_the_plain_product(shape):
   rows, far = (
     jax.random.normal(jax.random.key(i), (7, shape[i])) for i in (0, 1)
@@ -320,12 +324,44 @@ def test_gradients_of_products_are_those_of_the_plain_product(shape):
     lambda rows, kernel: (f(rows, kernel) * far).sum(), argnums=(0, 1)
   )(rows, kernel)
   for own, plain in zip(gradient(cpu.matmul), gradient(jnp.matmul)):
-    np.testing.assert_allclose(own, plain, atol=1e-5)
+    np.testing.assert_allclose(own, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at():
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_products_with_short_sums_are_left_to_eigen(shape):
+  arrays = jnp.ones((7, shape[0])), jnp.ones(shape)
+  text = jax.jit(cpu.matmul).lower(*arrays).compile().as_text()
+  assert " convolution(" not in text
+  assert ("ynn_fusion" in text) == (shape == PRODUCTS[-1])
+
+
+@pytest.mark.parametrize("batched", [(0, 0), (0, None), (None, 0)])
+def test_products_of_several_matrices_stay_products(batched):
+  shapes = (7, 5), (5, 3)
+  rows, kernel = (
+    jax.random.normal(jax.random.key(i), shape if axis is None else (2, *shape))
+    for i, (shape, axis) in enumerate(zip(shapes, batched))
+  )
+  several = jax.jit(jax.vmap(cpu.matmul, batched)).lower(rows, kernel).compile()
+  np.testing.assert_allclose(several(rows, kernel), rows @ kernel, rtol=1e-5)
+  assert "convolution" not in several.as_text()
+
+
+@pytest.mark.parametrize("keys", [3, 9])  # fewer and more than a head is wide
+def test_sums_over_queries_are_those_of_the_plain_product(keys):
+  scores = jax.random.normal(jax.random.key(0), (2, 4, 5, keys))
+  x = jax.random.normal(jax.random.key(1), (2, 4, 5, 7))
+  np.testing.assert_allclose(
+    jax.jit(cpu.sum_over_queries)(scores, x),
+    jnp.einsum("bhqk,bhqd->bhkd", scores, x),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("tokens", [5, 9])  # fewer and more than a head is wide
+def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at(tokens):
   """Those that sum along another than the left side's last axis."""
-  qkv = jnp.ones((2, 5, 3, 4, 7))
+  qkv = jnp.ones((2, tokens, 3, 4, 7))
   gradient = jax.grad(lambda qkv: attention.attend(qkv).sum())
   text = jax.jit(gradient).lower(qkv).compile().as_text()
   batched = r"lhs_batch_dims={([\d,]+)}, lhs_contracting_dims={(\d+)}"

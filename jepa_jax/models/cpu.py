@@ -1,20 +1,37 @@
 """Products of matrices as XLA's CPU backend is fast at them.
 
-Its fast kernels take products along the left side's last axis and the right
-side's last but one; what is summed along another axis goes to kernels that
-take several times as long. Other backends see the plain products.
+It hands products along the left side's last axis to a library, YNNPACK, and
+all others to Eigen, which takes several times as long for many matrices at
+once, but less than the library for one with short sums. Other backends see
+the plain products.
 """
 
 import jax
 import jax.numpy as jnp
 
+# What Eigen is faster at: sums up to this long, results up to this wide.
+_SHORT = 256
+_NARROW = 128
 
-def transposed(x: jax.Array) -> jax.Array:
-  """[..., N, M] -> [..., M, N]; on a CPU also in memory."""
-  swap = lambda x: x.swapaxes(-1, -2)
+
+def sum_over_queries(scores: jax.Array, x: jax.Array) -> jax.Array:
+  """Sums over queries: scores [B, H, Q, K] times x [B, H, Q, D].
+
+  On a CPU one side is turned in memory, the one that is smaller: x where a
+  head is narrower than its keys are many, the scores elsewhere.
+
+  Returns:
+    [B, H, K, D].
+  """
+  turn = lambda x: x.swapaxes(-1, -2)
   # Without the barrier, XLA puts the transposition into the product again.
+  in_memory = lambda x: jax.lax.optimization_barrier(turn(x))
+  if x.shape[-1] < scores.shape[-1]:
+    on_cpu = lambda scores, x: turn(in_memory(x) @ scores)
+  else:
+    on_cpu = lambda scores, x: in_memory(scores) @ x
   return jax.lax.platform_dependent(
-    x, cpu=lambda x: jax.lax.optimization_barrier(swap(x)), default=swap
+    scores, x, cpu=on_cpu, default=lambda scores, x: turn(scores) @ x
   )
 
 
@@ -58,11 +75,12 @@ def head_sums(x: jax.Array, heads: int) -> jax.Array:
 def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
-  On a CPU the kernel's gradient is summed with the smaller of its axes first:
-  that of a perceptron's second layer then takes about half the time.
-  Differentiable backwards only.
+  On a CPU the product and its gradients go to the kernels that are fastest at
+  their shapes, and the kernel's gradient is summed with the smaller of its
+  axes first: that of a perceptron's second layer then takes about half the
+  time. Differentiable backwards only.
   """
-  return rows @ kernel
+  return _product(rows, kernel)
 
 
 def _backward(
@@ -76,7 +94,36 @@ def _backward(
     dkernel = lambda rows, dy: jax.lax.platform_dependent(
       rows, dy, cpu=turned, default=plain
     )
-  return dy @ kernel.T, dkernel(rows, dy)
+  return _product(dy, kernel.T), dkernel(rows, dy)
 
 
-matmul.defvjp(lambda rows, kernel: (rows @ kernel, (rows, kernel)), _backward)
+matmul.defvjp(
+  lambda rows, kernel: (_product(rows, kernel), (rows, kernel)), _backward
+)
+
+
+def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  length, width = kernel.shape
+  if rows.dtype != jnp.float32 or (length > _SHORT and width > _NARROW):
+    return rows @ kernel
+  return jax.lax.platform_dependent(
+    rows, kernel, cpu=_by_eigen, default=jnp.matmul
+  )
+
+
+# A convolution without an axis to slide along: XLA makes it a product only
+# after the others went to the library. Of several it would make a convolution
+# in groups, which is slow: under vmap they stay products.
+@jax.custom_batching.custom_vmap
+def _by_eigen(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    rows, kernel, (), "VALID", dimension_numbers=("NC", "IO", "NC")
+  )
+
+
+@_by_eigen.def_vmap
+def _several(
+  axis_size: int, batched: list[bool], rows: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, bool]:
+  del axis_size, batched
+  return rows @ kernel, True

@@ -195,7 +195,12 @@ def _make_step(
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     grads, loss = accumulated_gradients(state, batch, rng)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / loss.weight, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    # Of sums over the batch, so that on a CPU no array of squares is written.
+    norms = {"grad_norm": optax.tree.norm(grads)} | {
+      f"grad_norm/{name}": optax.tree.norm(part) for name, part in grads.items()
+    }
+    grads = jax.tree.map(lambda g: g / loss.weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     momentum = optimizer.lookup(schedules.momentum, state.step)
@@ -209,11 +214,7 @@ def _make_step(
       "learning_rate": optimizer.lookup(schedules.lr, state.step),
       "weight_decay": optimizer.lookup(schedules.weight_decay, state.step),
       "momentum": momentum,
-      "grad_norm": optax.tree.norm(grads),
-      **{
-        f"grad_norm/{name}": optax.tree.norm(part)
-        for name, part in grads.items()
-      },
+      **{name: norm / loss.weight for name, norm in norms.items()},
       **loss.metrics,
     }
     new_state = TrainState(
