@@ -347,6 +347,19 @@ def test_products_of_several_matrices_stay_products(batched):
   assert "convolution" not in several.as_text()
 
 
+def test_products_with_weights_are_computed_again_under_full_alone(
+  images, variables
+):
+  def count(remat):
+    encoder = models.Encoder(**SETTINGS, remat=remat)
+    loss = lambda v: jnp.square(encoder.apply(v, images)).sum()
+    lowered = jax.jit(jax.grad(loss)).lower(variables)
+    return lowered.as_text().count("stablehlo.convolution")
+
+  once = count("none")
+  assert once == count("products") == count("dots") < count("full")
+
+
 @pytest.mark.parametrize("keys", [3, 9])  # fewer and more than a head is wide
 def test_sums_over_queries_are_those_of_the_plain_product(keys):
   scores = jax.random.normal(jax.random.key(0), (2, 4, 5, keys))

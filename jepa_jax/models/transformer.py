@@ -24,10 +24,13 @@ Dtype = Any
 
 # What a block keeps for its backward pass: everything, matrix products, those
 # with weights, or nothing but its input.
+_keeping = functools.partial(
+  jax.checkpoint_policies.save_from_both_policies, cpu.is_product
+)
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "products": jax.checkpoint_policies.dots_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "products": _keeping(jax.checkpoint_policies.dots_saveable),
+  "dots": _keeping(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
