@@ -311,7 +311,7 @@ def test_layer_norm_and_its_gradient_match_flax(dtype):
 
 
 # The last is too wide, and its sums are too long, for Eigen.
-PRODUCTS = [(5, 3), (3, 5), (259, 131)]
+PRODUCTS = [(45, 13), (13, 45), (259, 131)]
 
 
 @pytest.mark.parametrize("shape", PRODUCTS)
