@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# What Eigen is faster at: sums up to this long, results up to this wide.
+# What Eigen is faster at: sums up to this long, results up to this wide. Found
+# on one Zen 4 core in float32, where at sums of 384 the two are level.
 _SHORT = 256
 _NARROW = 128
 

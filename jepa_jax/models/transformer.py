@@ -22,11 +22,13 @@ from jepa_jax.models import attention, cpu
 
 Dtype = Any
 
-# What a block keeps for its backward pass: everything, matrix products, those
-# with weights, or nothing but its input.
+# Not all products are written as one on a CPU.
 _keeping = functools.partial(
   jax.checkpoint_policies.save_from_both_policies, cpu.is_product
 )
+
+# What a block keeps for its backward pass: everything, matrix products, those
+# with weights, or nothing but its input.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "none": jax.checkpoint_policies.everything_saveable,
   "products": _keeping(jax.checkpoint_policies.dots_saveable),
