@@ -18,45 +18,51 @@ _VMEM_BYTES = 96 * 2**20  # that a call may take of a chip's
 
 
 def attend(
-  qkv: jax.Array, valid: jax.Array | None = None, first: int = 0
+  qkv: jax.Array,
+  valid: jax.Array | None = None,
+  query: jax.Array | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention; scores and softmax in float32.
 
   Differentiable backwards only: jax.grad and jax.vjp, not jax.jvp.
 
   Args:
-    qkv: [B, N, 3, heads, head_dim], queries, keys and values.
+    qkv: [B, N, 3, heads, head_dim], queries, keys and values; [B, N, 2, heads,
+      head_dim], keys and values, beside `query`.
     valid: [B, N] bool, False for padding that no query may see, or None.
-    first: of the patches whose output is wanted.
+    query: [B, Q, heads, head_dim], where not every patch has a query; or None.
 
   Returns:
-    [B, N - first, heads * head_dim].
+    [B, N or Q, heads * head_dim].
   """
-  return _attend(qkv, valid, first)
+  return _attend(qkv, valid, query)
 
 
 # Kept for the backward pass are arrays that are there already, and the
 # attention weights, not yet divided by their sums, in the type in which they
 # met the values: left to itself, JAX keeps these in float32 besides, and
 # queries, keys and values with a last axis so short that a TPU fills it up.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(qkv: jax.Array, valid: jax.Array | None, first: int) -> jax.Array:
-  return _attend_forward(qkv, valid, first)[0]
+@jax.custom_vjp
+def _attend(
+  qkv: jax.Array, valid: jax.Array | None, query: jax.Array | None
+) -> jax.Array:
+  return _attend_forward(qkv, valid, query)[0]
 
 
 def _heads_first(
-  qkv: jax.Array, first: int
+  qkv: jax.Array, query: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scaled queries, keys and values, each [B, heads, tokens, head_dim]."""
-  query = qkv[:, first:, 0] * (qkv.shape[-1] ** -0.5)
-  key, value = qkv[:, :, 1], qkv[:, :, 2]
-  return tuple(x.transpose(0, 2, 1, 3) for x in (query, key, value))
+  if query is None:
+    query, qkv = qkv[:, :, 0], qkv[:, :, 1:]
+  parts = query * (qkv.shape[-1] ** -0.5), qkv[:, :, 0], qkv[:, :, 1]
+  return tuple(x.transpose(0, 2, 1, 3) for x in parts)
 
 
 def _attend_forward(
-  qkv: jax.Array, valid: jax.Array | None, first: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  query, key, value = _heads_first(qkv, first)
+  qkv: jax.Array, valid: jax.Array | None, given: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+  query, key, value = _heads_first(qkv, given)
   scores = jnp.einsum(
     "bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32
   )
@@ -71,14 +77,14 @@ def _attend_forward(
   )
   y = (y * share).astype(value.dtype).transpose(0, 2, 1, 3)
   y = y.reshape(*y.shape[:2], -1)
-  return y, (qkv, weights, share, y)
+  return y, (qkv, given, weights, share, y)
 
 
 def _attend_backward(
-  first: int, kept: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, None]:
-  qkv, weights, share, y = kept
-  query, key, value = _heads_first(qkv, first)
+  kept: tuple[jax.Array | None, ...], dy: jax.Array
+) -> tuple[jax.Array, None, jax.Array | None]:
+  qkv, given, weights, share, y = kept
+  query, key, value = _heads_first(qkv, given)
   split = lambda x: x.reshape(*x.shape[:2], *qkv.shape[3:])
   # For every row the sum of its weights times their gradients, from arrays
   # that are far smaller.
@@ -92,37 +98,41 @@ def _attend_backward(
   )
   dscores = (weights * (dweights - total * share)).astype(qkv.dtype)
   dquery = jnp.einsum("bhqk,bhkd->bhqd", dscores, key)
-  dquery = jnp.pad(
-    dquery * (qkv.shape[-1] ** -0.5), ((0, 0), (0, 0), (first, 0), (0, 0))
-  )
+  dquery = dquery * (qkv.shape[-1] ** -0.5)
   dkey = cpu.sum_over_queries(dscores, query)
   dvalue = cpu.sum_over_queries(weights, dy)
   # Turned one by one: XLA's CPU then joins them in about half the time.
   turned = [x.transpose(0, 2, 1, 3) for x in (dquery, dkey, dvalue)]
-  return jnp.stack(turned, axis=2), None
+  dquery = None if given is None else turned.pop(0)
+  return jnp.stack(turned, axis=2), None, dquery
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_with_jax(
-  qkv: jax.Array, valid: jax.Array | None, first: int, implementation: str
+  qkv: jax.Array,
+  valid: jax.Array | None,
+  query: jax.Array | None,
+  implementation: str,
 ) -> jax.Array:
   """What `attend` does, by jax.nn.dot_product_attention.
 
   Args:
-    qkv: as of attend, and so valid and first.
+    qkv: as of attend, and so valid and query.
     valid: see qkv.
-    first: see qkv.
+    query: see qkv.
     implementation: "cudnn" (NVIDIA GPUs; 16 bits; fused) or "xla".
 
   Returns:
-    [B, N - first, heads * head_dim].
+    [B, N or Q, heads * head_dim].
   """
+  if query is None:
+    query, qkv = qkv[:, :, 0], qkv[:, :, 1:]
   y = jax.nn.dot_product_attention(
-    qkv[:, first:, 0],
+    query,
+    qkv[:, :, 0],
     qkv[:, :, 1],
-    qkv[:, :, 2],
     mask=None if valid is None else valid[:, None, None, :],
     implementation=implementation,
   )
@@ -130,7 +140,9 @@ def attend_with_jax(
 
 
 def attend_fused(
-  qkv: jax.Array, valid: jax.Array | None = None, first: int = 0
+  qkv: jax.Array,
+  valid: jax.Array | None = None,
+  query: jax.Array | None = None,
 ) -> jax.Array:
   """What `attend` does, on a TPU by one kernel that keeps scores on the chip.
 
@@ -141,128 +153,160 @@ def attend_fused(
   is split over devices needs `layout`.
 
   Args:
-    qkv: as of attend, and so valid and first.
+    qkv: as of attend, and so valid and query.
     valid: see qkv.
-    first: see qkv.
+    query: see qkv.
 
   Returns:
-    [B, N - first, heads * head_dim].
+    [B, N or Q, heads * head_dim].
   """
   # Flat in memory: a last axis as short as head_dim would be filled up.
-  flat = qkv.reshape(*qkv.shape[:2], -1)
-  return _fused(flat, valid, first, qkv.shape[3])
+  flat = lambda x: x.reshape(*x.shape[:2], -1)
+  query = None if query is None else flat(query)
+  return _fused(flat(qkv), valid, query, qkv.shape[3])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _fused(
-  qkv: jax.Array, valid: jax.Array | None, first: int, heads: int
+  qkv: jax.Array,
+  valid: jax.Array | None,
+  query: jax.Array | None,
+  heads: int,
 ) -> jax.Array:
   return jax.lax.platform_dependent(
     qkv,
     valid,
-    tpu=functools.partial(fused_forward, first=first, heads=heads),
-    default=lambda qkv, valid: attend(_split(qkv, heads), valid, first),
+    query,
+    tpu=functools.partial(fused_forward, heads=heads),
+    default=functools.partial(_unfused, heads),
   )
 
 
 def _fused_backward(
-  first: int,
-  heads: int,
-  kept: tuple[jax.Array, jax.Array | None],
-  dy: jax.Array,
-) -> tuple[jax.Array, None]:
-  def default(qkv, valid, dy):
-    plain = lambda qkv: attend(_split(qkv, heads), valid, first)
-    return jax.vjp(plain, qkv)[1](dy)[0]
+  heads: int, kept: tuple[jax.Array | None, ...], dy: jax.Array
+) -> tuple[jax.Array, None, jax.Array | None]:
+  def default(qkv, valid, query, dy):
+    plain = lambda qkv, query: _unfused(heads, qkv, valid, query)
+    return jax.vjp(plain, qkv, query)[1](dy)
 
-  kernel = functools.partial(fused_backward, first=first, heads=heads)
-  return jax.lax.platform_dependent(
-    *kept, dy, tpu=kernel, default=default
-  ), None
+  dqkv, dquery = jax.lax.platform_dependent(
+    *kept,
+    dy,
+    tpu=functools.partial(fused_backward, heads=heads),
+    default=default,
+  )
+  return dqkv, None, dquery
 
 
 _fused.defvjp(
-  lambda qkv, valid, first, heads: (
-    _fused(qkv, valid, first, heads),
-    (qkv, valid),
+  lambda qkv, valid, query, heads: (
+    _fused(qkv, valid, query, heads),
+    (qkv, valid, query),
   ),
   _fused_backward,
 )
 
 
-def _split(qkv: jax.Array, heads: int) -> jax.Array:
-  return qkv.reshape(*qkv.shape[:2], 3, heads, -1)
+def _unfused(
+  heads: int,
+  qkv: jax.Array,
+  valid: jax.Array | None,
+  query: jax.Array | None,
+) -> jax.Array:
+  """`attend` of flat arrays."""
+  head_dim = _width(qkv, query) // heads
+  split = lambda x: x.reshape(*x.shape[:2], -1, heads, head_dim)
+  query = None if query is None else split(query)[:, :, 0]
+  return attend(split(qkv), valid, query)
 
 
 def fused_forward(
   qkv: jax.Array,
   valid: jax.Array | None,
+  query: jax.Array | None,
   *,
-  first: int,
   heads: int,
   interpret: bool = False,
 ) -> jax.Array:
-  """The kernel of `attend_fused`: qkv [B, N, 3 * D] -> [B, N - first, D].
+  """The kernel of `attend_fused`, on flat arrays.
 
-  `interpret` runs it on any device, slowly.
+  Args:
+    qkv: [B, N, 3 * D], or [B, N, 2 * D] beside `query`.
+    valid: [B, N] bool, or None.
+    query: [B, Q, D], or None.
+    heads: that share D.
+    interpret: runs on any device, slowly.
+
+  Returns:
+    [B, N or Q, D].
   """
-  b, n, wide = qkv.shape
-  return _on_sequences(
-    functools.partial(_forward_kernel, heads, first),
-    (qkv,),
+  arrays = _given(qkv, query)
+  shape = (*arrays[0].shape[:2], _width(qkv, query))
+  (y,) = _on_sequences(
+    functools.partial(_forward_kernel, heads),
+    arrays,
     valid,
-    (b, n - first, wide // 3),
+    [jax.ShapeDtypeStruct(shape, qkv.dtype)],
     products=2,
     heads=heads,
     interpret=interpret,
   )
+  return y
 
 
 def fused_backward(
   qkv: jax.Array,
   valid: jax.Array | None,
+  query: jax.Array | None,
   dy: jax.Array,
   *,
-  first: int,
   heads: int,
   interpret: bool = False,
-) -> jax.Array:
-  """Gradient of `fused_forward` for qkv from dy [B, N - first, D]."""
-  return _on_sequences(
-    functools.partial(_backward_kernel, heads, first),
-    (qkv, dy),
+) -> tuple[jax.Array, jax.Array | None]:
+  """Gradients of `fused_forward` for qkv and query from dy [B, N or Q, D]."""
+  arrays = _given(qkv, query)
+  *dquery, dqkv = _on_sequences(
+    functools.partial(_backward_kernel, heads),
+    (*arrays, dy),
     valid,
-    qkv.shape,
+    arrays,
     products=5,
     heads=heads,
     interpret=interpret,
   )
+  return dqkv, dquery[0] if dquery else None
 
 
-def _on_sequences(
-  kernel, arrays, valid, out_shape, *, products, heads, interpret
-):
+def _given(qkv: jax.Array, query: jax.Array | None) -> tuple[jax.Array, ...]:
+  return (qkv,) if query is None else (query, qkv)
+
+
+def _width(qkv: jax.Array, query: jax.Array | None) -> int:
+  return qkv.shape[-1] // 3 if query is None else query.shape[-1]
+
+
+def _on_sequences(kernel, arrays, valid, outs, *, products, heads, interpret):
   """Runs a kernel on some sequences at a time: arrays [B, N, ...], valid."""
-  b, n, wide = arrays[0].shape
-  queries, width = min(n, arrays[-1].shape[1], out_shape[1]), wide // 3
+  sizes = [x.shape[1:] for x in (*arrays, *outs)]
+  b, n = arrays[0].shape[0], max(tokens for tokens, _ in sizes)
+  queries, width = (min(size) for size in zip(*sizes))
   if valid is not None:
     bias = jnp.where(valid, 0.0, _PADDED).astype(jnp.float32)
     arrays = (*arrays, bias[:, None, :])
   # Some sequences a call of the kernel hide what starting it costs.
-  most = max(1, _SEQUENCE_BYTES // (n * wide * arrays[0].dtype.itemsize))
+  most = max(1, _SEQUENCE_BYTES // (n * 3 * width * arrays[0].dtype.itemsize))
   together = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
-  out = jax.ShapeDtypeStruct(out_shape, arrays[0].dtype)
   spec = lambda x: pl.BlockSpec((together, *x.shape[1:]), lambda i: (i, 0, 0))
   return pl.pallas_call(
-    functools.partial(_each, kernel, valid is not None),
+    functools.partial(_each, kernel, valid is not None, len(outs)),
     grid=(b // together,),
     in_specs=[spec(x) for x in arrays],
-    out_specs=spec(out),
-    out_shape=out,
+    out_specs=[spec(x) for x in outs],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
     # What the compiler believes, and with it its estimates.
     cost_estimate=pl.CostEstimate(
       flops=2 * products * b * queries * n * width,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, out)),
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *outs)),
       transcendentals=b * heads * queries * n,
     ),
     compiler_params=pltpu.CompilerParams(
@@ -272,21 +316,31 @@ def _on_sequences(
   )(*arrays)
 
 
-def _each(kernel, padded, *refs):
+def _each(kernel, padded, num_outs, *refs):
   """Calls a kernel for every sequence of a block."""
 
   def one(i, _):
     views = [ref.at[i] for ref in refs]
-    bias = views.pop(-2)[...].T if padded else None  # [N, 1]
-    kernel(bias, *views)
+    inputs, outs = views[:-num_outs], views[-num_outs:]
+    bias = inputs.pop()[...].T if padded else None  # [N, 1]
+    kernel(bias, inputs, outs)
     return 0
 
   jax.lax.fori_loop(0, refs[0].shape[0], one, 0)
 
 
-def _turned(ref, start, stop, first=0):
-  """Columns [start, stop) of the rows from first on, features first."""
-  return ref[first:, start:stop].astype(jnp.float32).T
+def _columns(refs, width):
+  """Where queries, keys and values lie: (ref, columns) of each."""
+  return [
+    (ref, slice(start, start + width))
+    for ref in refs
+    for start in range(0, ref.shape[-1], width)
+  ]
+
+
+def _turned(ref, columns):
+  """Columns of all rows, features first."""
+  return ref[:, columns].astype(jnp.float32).T
 
 
 def _weights(key, query, bias, scale):
@@ -309,31 +363,30 @@ def _product(left, right, left_axis, right_axis):
 
 # Features come first within a kernel: a head is then a slice of rows, which a
 # TPU reads in place, and its short axis is not the one that is filled up.
-def _forward_kernel(heads, first, bias, qkv, y):
-  width = qkv.shape[-1] // 3
-  head_dim, dtype = width // heads, qkv.dtype
-  query = _turned(qkv, 0, width, first)
-  key, value = (_turned(qkv, i * width, (i + 1) * width) for i in (1, 2))
+def _forward_kernel(heads, bias, inputs, outs):
+  (y,) = outs
+  width, dtype = y.shape[-1], y.dtype
+  head_dim = width // heads
+  arrays = [_turned(*place) for place in _columns(inputs, width)]
   rows = []
   for h in range(heads):
     part = slice(h * head_dim, (h + 1) * head_dim)
-    q, k, v = (x[part].astype(dtype) for x in (query, key, value))
+    q, k, v = (x[part].astype(dtype) for x in arrays)
     weights, share = _weights(k, q, bias, head_dim**-0.5)
     rows.append(_product(v, weights.astype(dtype), 1, 0) * share)
   y[...] = jnp.concatenate(rows).T.astype(dtype)
 
 
-def _backward_kernel(heads, first, bias, qkv, dy, dqkv):
-  width = qkv.shape[-1] // 3
-  head_dim, dtype = width // heads, qkv.dtype
+def _backward_kernel(heads, bias, inputs, outs):
+  width, dtype = inputs[-1].shape[-1], inputs[-1].dtype
+  head_dim = width // heads
   scale = head_dim**-0.5
-  query = _turned(qkv, 0, width, first)
-  key, value = (_turned(qkv, i * width, (i + 1) * width) for i in (1, 2))
-  far = _turned(dy, 0, width)
+  # Queries, keys, values and the output's gradient.
+  arrays = [_turned(*place) for place in _columns(inputs, width)]
   rows = [], [], []
   for h in range(heads):
     part = slice(h * head_dim, (h + 1) * head_dim)
-    q, k, v, d = (x[part].astype(dtype) for x in (query, key, value, far))
+    q, k, v, d = (x[part].astype(dtype) for x in arrays)
     weights, share = _weights(k, q, bias, scale)
     weights = weights * share
     dweights = _product(v, d, 0, 0)
@@ -342,9 +395,5 @@ def _backward_kernel(heads, first, bias, qkv, dy, dqkv):
     rows[0].append(_product(k, dscores, 1, 0))
     rows[1].append(_product(q, dscores, 1, 1))
     rows[2].append(_product(d, weights.astype(dtype), 1, 1))
-  for i, parts in enumerate(rows):
-    start = 0 if i else first
-    columns = slice(i * width, (i + 1) * width)
-    dqkv[start:, columns] = jnp.concatenate(parts).T.astype(dtype)
-  if first:
-    dqkv[:first, :width] = jnp.zeros((first, width), dtype)
+  for (ref, columns), parts in zip(_columns(outs, width), rows):
+    ref[:, columns] = jnp.concatenate(parts).T.astype(dtype)

@@ -1,9 +1,11 @@
 """Products of matrices as XLA's CPU backend is fast at them.
 
 It hands products along the left side's last axis to a library, YNNPACK, and
-all others to Eigen, which takes several times as long for many matrices at
-once, but less than the library for one with short sums. Other backends see
-the plain products.
+all others to Eigen. That takes several times as long for many matrices at
+once and some percent longer for one, but less where sums are short. Its work
+is also shared by the threads of all devices, so that of two devices, each on
+a core of its own, one is done later than the other. Other backends see the
+plain products.
 """
 
 from typing import Any
@@ -26,16 +28,25 @@ def sum_over_queries(scores: jax.Array, x: jax.Array) -> jax.Array:
   Returns:
     [B, H, K, D].
   """
-  turn = lambda x: x.swapaxes(-1, -2)
-  # Without the barrier, XLA puts the transposition into the product again.
-  in_memory = lambda x: jax.lax.optimization_barrier(turn(x))
   if x.shape[-1] < scores.shape[-1]:
-    on_cpu = lambda scores, x: turn(in_memory(x) @ scores)
+    on_cpu = lambda scores, x: (_turned(x) @ scores).swapaxes(-1, -2)
   else:
-    on_cpu = lambda scores, x: in_memory(scores) @ x
+    on_cpu = lambda scores, x: _turned(scores) @ x
   return jax.lax.platform_dependent(
-    scores, x, cpu=on_cpu, default=lambda scores, x: turn(scores) @ x
+    scores,
+    x,
+    cpu=on_cpu,
+    default=lambda scores, x: scores.swapaxes(-1, -2) @ x,
   )
+
+
+# XLA would put a transposition into the product beside it again.
+_in_memory = jax.lax.optimization_barrier
+
+
+def _turned(x: jax.Array) -> jax.Array:
+  """The transposed matrices, in memory."""
+  return _in_memory(x.swapaxes(-1, -2))
 
 
 def row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -79,9 +90,8 @@ def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
   On a CPU the product and its gradients go to the kernels that are fastest at
-  their shapes, and the kernel's gradient is summed with the smaller of its
-  axes first: that of a perceptron's second layer then takes about half the
-  time. Differentiable backwards only.
+  their shapes; for the kernel's gradient the narrower of its two sides is
+  turned in memory. Differentiable backwards only.
   """
   return _product(rows, kernel)
 
@@ -90,14 +100,14 @@ def _backward(
   kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   rows, kernel = kept
-  plain = lambda rows, dy: rows.T @ dy
-  dkernel = plain
   if kernel.shape[0] > kernel.shape[1]:
-    turned = lambda rows, dy: jax.lax.optimization_barrier(dy.T @ rows).T
-    dkernel = lambda rows, dy: jax.lax.platform_dependent(
-      rows, dy, cpu=turned, default=plain
-    )
-  return _product(dy, kernel.T), dkernel(rows, dy)
+    on_cpu = lambda rows, dy: _in_memory(_turned(dy) @ rows).T
+  else:
+    on_cpu = lambda rows, dy: _turned(rows) @ dy
+  dkernel = jax.lax.platform_dependent(
+    rows, dy, cpu=on_cpu, default=lambda rows, dy: rows.T @ dy
+  )
+  return _product(dy, kernel.T), dkernel
 
 
 matmul.defvjp(

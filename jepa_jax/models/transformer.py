@@ -21,6 +21,7 @@ import numpy as np
 from jepa_jax.models import attention, cpu
 
 Dtype = Any
+Rearrange = Callable[[jax.Array], jax.Array]
 
 # Not all products are written as one on a CPU.
 _keeping = functools.partial(
@@ -142,16 +143,18 @@ class LayerNorm(nn.Module):
     return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
-def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Rows [R, in] times a kernel [in, out], gathered where the layout says."""
+def _product(
+  rows: jax.Array, kernel: jax.Array, columns: slice
+) -> jax.Array:
+  """Rows [R, in] times columns of a kernel [in, out] that the layout gathers."""
   gather = _layout.get().weights
   if gather is None:
-    return cpu.matmul(rows, kernel)
+    return cpu.matmul(rows, kernel[:, columns])
   # A gathered kernel that is kept for the backward pass would fill the memory
   # that splitting it saved: it is gathered once more.
-  return jax.checkpoint(lambda rows, kernel: cpu.matmul(rows, gather(kernel)))(
-    rows, kernel
-  )
+  return jax.checkpoint(
+    lambda rows, kernel: cpu.matmul(rows, gather(kernel)[:, columns])
+  )(rows, kernel)
 
 
 class Dense(nn.Module):
@@ -161,16 +164,19 @@ class Dense(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., in] -> [..., features]."""
+  def __call__(
+    self, x: jax.Array, columns: slice = slice(None)
+  ) -> jax.Array:
+    """[..., in] -> [..., features], or those of some columns alone."""
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", KERNEL_INIT, shape)
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     # Flat, or XLA on CPU transposes operands for the weights' gradient: six
     # blocks' backward pass took 1.6 times as long.
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    rows = _product(rows, kernel.astype(self.dtype)) + bias.astype(self.dtype)
-    return rows.reshape(*x.shape[:-1], self.features)
+    rows = _product(rows, kernel.astype(self.dtype), columns)
+    rows = rows + bias.astype(self.dtype)[columns]
+    return rows.reshape(*x.shape[:-1], -1)
 
 
 class Block(nn.Module):
@@ -194,7 +200,8 @@ class Block(nn.Module):
     valid: jax.Array | None = None,
     drop_path: jax.Array | float | None = None,
     *,
-    first: int = 0,
+    expand: Rearrange | None = None,
+    select: Rearrange | None = None,
   ) -> jax.Array:
     """Applies the block.
 
@@ -203,11 +210,13 @@ class Block(nn.Module):
       valid: [B, N] bool, or None where nothing is padded.
       drop_path: probability of leaving out each residual branch for an
         image; None in inference. Also switches dropout on.
-      first: of the patches whose output is wanted; those before it give keys
-        and values alone.
+      expand: makes the sequences, [B', R, D] -> [B, N, D] of any D, of what x
+        then holds: each patch once, however many sequences it is in.
+      select: picks patches whose output is wanted, [B, N, D] -> [B, Q, D] of
+        any D; the others give keys and values alone. None picks all.
 
     Returns:
-      [B, N - first, D].
+      [B, N or Q, D].
     """
     train = drop_path is not None
     norm = functools.partial(
@@ -215,28 +224,41 @@ class Block(nn.Module):
     )
     dense = functools.partial(Dense, dtype=self.dtype)
     drop = nn.Dropout(self.dropout, deterministic=not train)
-    b, n, d = x.shape
+    d = x.shape[-1]
 
     def keep_path(branch: jax.Array) -> jax.Array:
       if not train or self.is_initializing():
         return branch
       keep = 1.0 - jnp.asarray(drop_path, branch.dtype)
-      alive = jax.random.bernoulli(self.make_rng("dropout"), keep, (b, 1, 1))
+      shape = (branch.shape[0], 1, 1)
+      alive = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
       return jnp.where(alive, branch / keep, 0).astype(branch.dtype)
 
+    if expand is not None and select is not None:
+      x, expand = expand(x), None
     y = norm(name="norm1")(x)
-    qkv = dense(3 * d, name="qkv")(y)  # [B, N, 3 * D]
-    qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
+    project = dense(3 * d, name="qkv")
+    heads = (self.num_heads, d // self.num_heads)
+    query = None
+    if select is None:
+      qkv = project(y)
+    else:
+      query = project(select(y), slice(d))
+      query = query.reshape(*query.shape[:2], *heads)
+      qkv = project(y, slice(d, None))  # keys and values
+      x = select(x)
+    if expand is not None:
+      x, qkv = expand(x), expand(qkv)
+    qkv = qkv.reshape(*qkv.shape[:2], -1, *heads)
     # Parameters are initialised from one token, which no mesh divides.
     if self.attention == "own" or self.is_initializing():
-      y = attention.attend(qkv, valid, first)
+      y = attention.attend(qkv, valid, query)
     elif self.attention == "pallas":
-      fused = functools.partial(attention.attend_fused, first=first)
-      per_device = _layout.get().per_device
-      y = (per_device(fused) if per_device else fused)(qkv, valid)
+      per_device = _layout.get().per_device or (lambda f: f)
+      y = per_device(attention.attend_fused)(qkv, valid, query)
     else:
-      y = attention.attend_with_jax(qkv, valid, first, self.attention)
-    x = x[:, first:] + keep_path(drop(dense(d, name="out")(y)))
+      y = attention.attend_with_jax(qkv, valid, query, self.attention)
+    x = x + keep_path(drop(dense(d, name="out")(y)))
 
     y = norm(name="norm2")(x)
     # Cut, not rounded, as released; the epsilon mends ratios such as 209 / 48.
@@ -286,21 +308,22 @@ class Transformer(nn.Module):
     *,
     layers: int = 1,
     train: bool = False,
-    first: int = 0,
+    expand: Rearrange | None = None,
+    select: Rearrange | None = None,
   ) -> list[jax.Array]:
     """Applies all blocks.
 
     Args:
-      x: [B, N, D].
+      x: [B, N, D], or what `expand` makes it of.
       valid: [B, N] bool, or None where nothing is padded.
       layers: how many of the last blocks' outputs to return.
       train: draws dropout and stochastic depth from the rng "dropout".
-      first: of the patches whose output of the last block is wanted: those
-        before it cost that block their keys and values alone.
+      expand: of the first block, see Block.
+      select: of the last block, see Block.
 
     Returns:
       The outputs of the last `layers` blocks, in order, each [B, N, D], the
-      last [B, N - first, D].
+      last [B, N or Q, D].
 
     Raises:
       ValueError: unknown remat policy, more layers asked than there are, or
@@ -333,7 +356,10 @@ class Transformer(nn.Module):
     spread = _layout.get().activations
 
     def apply_block(
-      x: jax.Array, layer: tuple[Any, Any], first: int
+      x: jax.Array,
+      layer: tuple[Any, Any],
+      expand: Rearrange | None,
+      select: Rearrange | None,
     ) -> jax.Array:
       weights, extra = layer
       x = spread(x) if spread else x
@@ -343,7 +369,8 @@ class Transformer(nn.Module):
         x,
         valid,
         extra.get("drop_path"),
-        first=first,
+        expand=expand,
+        select=select,
         rngs=rngs,
       )
 
@@ -351,37 +378,40 @@ class Transformer(nn.Module):
     group = [apply_block] * every
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
-      group[0] = jax.checkpoint(apply_block, policy=policy, static_argnums=2)
+      group[0] = jax.checkpoint(apply_block, policy=policy, static_argnums=(2, 3))
 
     def apply_group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
       for apply, layer in zip(group, layers):
-        x = apply(x, layer, 0)
+        x = apply(x, layer, None, None)
       return x, None
 
-    # The scan hands on its last output alone; what else is wanted is unrolled.
-    stacked = (params, per_layer)
-    scanned = 0
+    # The scan hands on its last output alone, and its blocks are all alike;
+    # what else is wanted is unrolled.
+    start = stop = 0  # of the scan
     if self.scan:
-      scanned = self.depth
-      if layers > 1 or first:
-        scanned -= layers
-      scanned -= scanned % every
-    if scanned:
-      # The slices that the scan makes go straight to the blocks: it keeps
-      # what is made of a slice for the backward pass, and not the slice.
-      head = jax.tree.map(lambda leaf: leaf[:scanned], stacked)
-      if every > 1:
-        head = jax.tree.map(
-          lambda leaf: leaf.reshape(-1, every, *leaf.shape[1:]), head
-        )
-        xs = _unstack(head, 0, every, axis=1)
+      start = every if expand else 0
+      stop = self.depth - (layers if layers > 1 or select else 0)
+      stop = start + max(0, stop - start) // every * every
+    sizes = [1] * start + [stop - start] * (stop > start)
+    sizes += [1] * (self.depth - stop)
+    outputs = []
+    i = 0
+    for size, part in zip(sizes, _split((params, per_layer), sizes)):
+      if size > 1:
+        # The slices that the scan makes go straight to the blocks: it keeps
+        # what is made of a slice for the backward pass, and not the slice.
+        xs = [part]
+        if every > 1:
+          by_group = lambda leaf: leaf.reshape(-1, every, *leaf.shape[1:])
+          xs = _split(jax.tree.map(by_group, part), [1] * every, axis=1)
+        x, _ = jax.lax.scan(apply_group, x, xs)
       else:
-        xs = [head]
-      x, _ = jax.lax.scan(apply_group, x, xs)
-    outputs = [x]
-    for i, layer in enumerate(_unstack(stacked, scanned, self.depth), scanned):
-      last = i == self.depth - 1
-      x = group[i % every](x, layer, first if last else 0)
+        ends = (
+          None if i else expand,
+          select if i == self.depth - 1 else None,
+        )
+        x = group[i % every](x, part, *ends)
+      i += size
       outputs.append(x)
     return outputs[-layers:]
 
@@ -405,21 +435,28 @@ class Transformer(nn.Module):
       )
 
 
-def _unstack(tree: Any, start: int, stop: int, axis: int = 0) -> list[Any]:
-  """Splits an axis of all leaves into a list of trees."""
+def _split(tree: Any, sizes: list[int], axis: int = 0) -> list[Any]:
+  """Splits an axis of all leaves; parts of size 1 come without it."""
   leaves, structure = jax.tree.flatten(tree)
 
   def split(leaf: jax.Array) -> list[jax.Array]:
-    count = leaf.shape[axis]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return [jnp.take(leaf, i, axis=axis) for i in range(count)]
-    # One split, whose transpose is one concatenation: indexing layer by layer
-    # would pad and add a full stack of gradients for every layer.
-    parts = jax.lax.split(leaf, [1] * count, axis=axis)
-    return [jnp.squeeze(part, axis) for part in parts]
+      stops = np.cumsum(sizes).tolist()
+      parts = [
+        jax.lax.slice_in_dim(leaf, stop - size, stop, axis=axis)
+        for stop, size in zip(stops, sizes)
+      ]
+    else:
+      # One split, whose transpose is one concatenation: indexing layer by
+      # layer would pad and add a full stack of gradients for every layer.
+      parts = jax.lax.split(leaf, sizes, axis=axis)
+    return [
+      jnp.squeeze(part, axis) if size == 1 else part
+      for part, size in zip(parts, sizes)
+    ]
 
   columns = [split(leaf) for leaf in leaves]
   return [
     jax.tree.unflatten(structure, [column[i] for column in columns])
-    for i in range(start, stop)
+    for i in range(len(sizes))
   ]

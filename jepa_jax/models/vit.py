@@ -178,6 +178,7 @@ class Encoder(nn.Module):
     *,
     layers: int = 1,
     train: bool = False,
+    wanted: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes images.
 
@@ -190,13 +191,21 @@ class Encoder(nn.Module):
       layers: 1 for the normalised output of the last block; n for the last n
         blocks' outputs, each normalised by the final LayerNorm, side by side.
       train: draws dropout and stochastic depth from the rng "dropout".
+      wanted: [B, *any] row-major indices of the patches whose output is wanted
+        of all, which saves the last block work on the others; None for those
+        that were encoded. Not beside patch_ids.
 
     Returns:
-      [B, N, layers * D], or [B, (S,) K, layers * D] for chosen patches.
+      [B, N, layers * D], [B, (S,) K, layers * D] for chosen patches, or
+      [B, *any, layers * D] for wanted ones.
 
     Raises:
       ValueError: shapes do not fit; the message says which.
     """
+    if wanted is not None and patch_ids is not None:
+      raise ValueError(
+        "got patch_ids and wanted; patches are wanted of whole images alone."
+      )
     grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
     patches = patchify(images, self.patch_size).astype(self.dtype)
     positions = self._positions(grid)
@@ -211,7 +220,14 @@ class Encoder(nn.Module):
     x = x.reshape(-1, lead[-1], self.width)  # [B * S, K, D]
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
-    outputs = transformer.Transformer(
+    select = early = None
+    if wanted is not None:
+      lead = wanted.shape
+      flat = wanted.reshape(lead[0], -1)
+      select = lambda x: gather_patches(x, flat)
+      # Patches may be wanted several times: all of them may be fewer.
+      early = select if flat.shape[1] < x.shape[1] else None
+    *outputs, last = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
       mlp_ratio=self.mlp_ratio,
@@ -224,11 +240,14 @@ class Encoder(nn.Module):
       attention=self.attention,
       norm_epsilon=self.norm_epsilon,
       name="transformer",
-    )(x, valid, layers=layers, train=train)
+    )(x, valid, layers=layers, train=train, select=early)
+    if select:
+      outputs = [select(y) for y in outputs]
+      last = last if early else select(last)
     norm = transformer.LayerNorm(
       epsilon=self.norm_epsilon, dtype=self.dtype, name="norm"
     )
-    x = jnp.concatenate([norm(y) for y in outputs], axis=-1)
+    x = jnp.concatenate([norm(y) for y in (*outputs, last)], axis=-1)
     return x.reshape(*lead, layers * self.width)
 
   def _positions(self, grid: tuple[int, int]) -> jax.Array:
@@ -317,11 +336,19 @@ class Predictor(nn.Module):
     )
     asked = token.astype(self.dtype) + positions[target_ids]  # [B, M, T, P]
 
-    def pair(left: jax.Array, right: jax.Array) -> jax.Array:
-      """Joins [B, S, K, ...] and [B, M, T, ...] to [B * S * M, K + T, ...]."""
-      rest = left.shape[3:]
-      left = jnp.broadcast_to(left[:, :, None], (b, s, m, k, *rest))
-      right = jnp.broadcast_to(right[:, None], (b, s, m, t, *rest))
+    def once(left: jax.Array, right: jax.Array) -> jax.Array:
+      """Joins [B, S, K, ...] and [B, M, T, ...] to [B, S * K + M * T, ...]."""
+      flat = lambda x: x.reshape(b, -1, *x.shape[3:])
+      return jnp.concatenate([flat(left), flat(right)], axis=1)
+
+    def pair(x: jax.Array) -> jax.Array:
+      """Of `once`, every context with every block: [B * S * M, K + T, ...]."""
+      rest = x.shape[2:]
+      left, right = jnp.split(x, [s * k], axis=1)
+      left = left.reshape(b, s, 1, k, *rest)
+      right = right.reshape(b, 1, m, t, *rest)
+      left = jnp.broadcast_to(left, (b, s, m, k, *rest))
+      right = jnp.broadcast_to(right, (b, s, m, t, *rest))
       joined = jnp.concatenate([left, right], axis=3)
       return joined.reshape(b * s * m, k + t, *rest)
 
@@ -331,7 +358,7 @@ class Predictor(nn.Module):
         context_valid = jnp.ones(context_ids.shape, bool)
       if target_valid is None:
         target_valid = jnp.ones(target_ids.shape, bool)
-      valid = pair(context_valid, target_valid)
+      valid = pair(once(context_valid, target_valid))
     (x,) = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -342,7 +369,13 @@ class Predictor(nn.Module):
       remat_every=self.remat_every,
       attention=self.attention,
       name="transformer",
-    )(pair(seen, asked), valid, train=train, first=k)
+    )(
+      once(seen, asked),
+      valid,
+      train=train,
+      expand=pair,
+      select=lambda x: x[:, k:],
+    )
     x = transformer.LayerNorm(dtype=self.dtype, name="norm")(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)

@@ -161,11 +161,9 @@ class IJEPA:
     target_valid = batch.get("target_valid")
 
     features = self.encoder.apply(
-      {"params": target_params["encoder"]}, images
-    )  # [B, N, D]
-    targets = normalize_targets(features)
-    targets = models.gather_patches(targets, target_ids)  # [B, M, T, D]
-    targets = jax.lax.stop_gradient(targets)
+      {"params": target_params["encoder"]}, images, wanted=target_ids
+    ).astype(jnp.float32)  # [B, M, T, D]
+    targets = jax.lax.stop_gradient(normalize_targets(features))
 
     context = self.encoder.apply(
       {"params": params["encoder"]},
@@ -197,20 +195,21 @@ class IJEPA:
       norms = jnp.where(valid, jnp.linalg.norm(x, axis=-1), 0.0)
       return norms.sum() / (patches * (x.size // targets.size))
 
+    seen = target_valid[..., None]
+    pooled = jnp.where(seen, features, 0.0).sum(axis=(1, 2))
+    pooled /= jnp.maximum(seen.sum(axis=(1, 2)), 1)
+
     metrics = jax.lax.stop_gradient(
       {
         "prediction_norm": mean_norm(predictions, target_valid[:, None]),
-        "target_norm": mean_norm(
-          models.gather_patches(features, target_ids).astype(jnp.float32),
-          target_valid,
-        ),
+        "target_norm": mean_norm(features, target_valid),
       }
     )
     return objectives.Loss(
       total=errors.sum(),
       weight=patches * num_contexts * width,
       metrics=metrics,
-      features=jax.lax.stop_gradient(features.astype(jnp.float32).mean(axis=1)),
+      features=jax.lax.stop_gradient(pooled),
     )
 
   @property
