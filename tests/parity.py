@@ -230,18 +230,18 @@ def _forward(
         seen.append(output)
       return output
 
+    objective = program.objective
     with nn.intercept_methods(record):
-      program.objective.loss(params, target_params, batch, jax.random.key(0))
-    return seen
+      objective.loss(params, target_params, batch, jax.random.key(0))
+    # The loss wants the patches of the targets alone.
+    whole = {"params": target_params["encoder"]}, batch["image"]
+    return objective.encoder.apply(*whole), *seen
 
-  batch = _batch(reference, 0)
-  target, context, prediction = jax.jit(forward, compiler_options=options)(
-    state.params, state.target_params, batch
-  )
-  targets = models.gather_patches(
-    ijepa.normalize_targets(target), batch["target_ids"]
-  )  # [B, M, T, D]
+  target, wanted, context, prediction = jax.jit(
+    forward, compiler_options=options
+  )(state.params, state.target_params, _batch(reference, 0))
   shape = prediction.shape  # [B, S, M, T, D]
+  targets = ijepa.normalize_targets(wanted)  # [B, M, T, D]
   targets = jnp.broadcast_to(targets[:, None], shape)
   pairs = lambda x: x.transpose(2, 1, 0, 3, 4).reshape(-1, *shape[3:])
   ours = {

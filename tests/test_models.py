@@ -35,33 +35,42 @@ def variables(images):
 def test_the_attention_of_jax_is_the_same(padded):
   qkv = jax.random.normal(jax.random.key(0), (2, 6, 3, 3, 5))
   valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
-  np.testing.assert_allclose(
-    attention.attend_with_jax(qkv, valid, 2, "xla"),
-    attention.attend(qkv, valid, 2),
-    atol=1e-6,
-  )
+  for part, query in ((qkv, None), (qkv[:, :, 1:], qkv[:, 2:, 0])):
+    np.testing.assert_allclose(
+      attention.attend_with_jax(part, valid, query, "xla"),
+      attention.attend(part, valid, query),
+      atol=1e-6,
+    )
 
 
-@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("first", [None, 5])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_for_tpus_is_the_same(dtype, padded, first):
   heads, shape = 3, (4, 12, 72)
   qkv, far = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
   far = far[:, first:, :24]
+  query = None
+  if first:  # queries of some patches alone
+    query, qkv = qkv[:, first:, :24], qkv[..., 24:]
   valid = jnp.arange(12) < jnp.asarray([[4], [6], [12], [7]])
   valid = valid if padded else None
-  split = lambda qkv: qkv.reshape(4, 12, 3, heads, 8).astype(jnp.float32)
-  y, pull = jax.vjp(lambda x: attention.attend(split(x), valid, first), qkv)
-  settings = dict(first=first, heads=heads, interpret=True)
+  split = lambda x: x.reshape(*x.shape[:2], -1, heads, 8).astype(jnp.float32)
+
+  def plain(qkv, query):
+    query = None if query is None else split(query)[:, :, 0]
+    return attention.attend(split(qkv), valid, query)
+
+  y, pull = jax.vjp(plain, qkv, query)
+  settings = dict(heads=heads, interpret=True)
   off = 1e-5 if dtype == "float32" else 0.02  # bfloat16 has 8 bits
-  close = functools.partial(np.testing.assert_allclose, atol=off, rtol=off)
   f32 = lambda x: np.asarray(x, np.float32)
-  close(f32(attention.fused_forward(qkv, valid, **settings)), f32(y))
-  (expected,) = pull(far.astype(jnp.float32))
-  close(
-    f32(attention.fused_backward(qkv, valid, far, **settings)), f32(expected)
+  close = lambda a, b: np.testing.assert_allclose(
+    f32(a), f32(b), atol=off, rtol=off
   )
+  close(attention.fused_forward(qkv, valid, query, **settings), y)
+  gradients = attention.fused_backward(qkv, valid, query, far, **settings)
+  jax.tree.map(close, gradients, pull(far.astype(jnp.float32)))
 
 
 def test_where_there_is_no_tpu_the_kernel_gives_way(images, variables):
@@ -196,6 +205,23 @@ def test_padding_changes_nothing(images, variables):
   )
 
 
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("blocks", [2, 3])  # fewer patches than all, and more
+def test_wanted_patches_are_those_of_the_whole(
+  images, variables, blocks, layers, scan
+):
+  encoder = models.Encoder(**SETTINGS, scan=scan)
+  wanted = jax.random.randint(jax.random.key(3), (B, blocks, 6), 0, 15)
+  seen = encoder.apply(variables, images, layers=layers, wanted=wanted)
+  whole = models.Encoder(**SETTINGS).apply(variables, images, layers=layers)
+  np.testing.assert_allclose(
+    seen, models.gather_patches(whole, wanted), atol=1e-4
+  )
+  with pytest.raises(ValueError, match="whole images alone"):
+    encoder.apply(variables, images, wanted[:, 0], wanted=wanted)
+
+
 def test_several_contexts_are_encoded_apart(images, variables):
   encoder = models.Encoder(**SETTINGS)
   ids = jnp.asarray([[[0, 1], [5, 7]], [[2, 3], [8, 14]]])
@@ -264,23 +290,26 @@ def test_stochastic_parts_act_in_training_alone(images, variables, rate):
   assert not np.allclose(draw(0), plain)
 
 
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("first", [None, 2])
 def test_attention_and_its_gradient_match_flax(first):
   qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 4, 7))
   valid = jnp.asarray([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]], bool)
-  weights = jax.random.normal(jax.random.key(1), (2, 5 - first, 28))
+  weights = jax.random.normal(jax.random.key(1), (2, 5, 28))[:, first:]
 
   def flax(qkv):
     q, k, v = qkv[:, first:, 0], qkv[:, :, 1], qkv[:, :, 2]
     y = nn.dot_product_attention(q, k, v, mask=valid[:, None, None])
     return y.reshape(weights.shape)
 
-  own = lambda qkv: attention.attend(qkv, valid, first)
+  def own(qkv):
+    if first is None:
+      return attention.attend(qkv, valid)
+    return attention.attend(qkv[:, :, 1:], valid, qkv[:, first:, 0])
+
   np.testing.assert_allclose(own(qkv), flax(qkv), atol=1e-5)
   gradient = lambda f: jax.grad(lambda qkv: (f(qkv) * weights).sum())(qkv)
   np.testing.assert_allclose(gradient(own), gradient(flax), atol=1e-5)
   np.testing.assert_array_equal(gradient(own)[0, 2, 1:], 0)  # padding
-  np.testing.assert_array_equal(gradient(own)[:, :first, 0], 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -439,6 +468,30 @@ def test_predictor_predicts_blocks_and_contexts_apart(predictor_inputs):
         (3, 5),
       )
       np.testing.assert_allclose(alone[:, 0, 0], whole[:, s, m], atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize(
+  "remat, every", [("none", 1), ("full", 1), ("full", 2)]
+)
+def test_a_scanned_predictor_is_the_same(predictor_inputs, depth, remat, every):
+  context, context_ids, target_ids = predictor_inputs
+  args = (context, context_ids, target_ids, (3, 5))
+  settings = dict(width=24, depth=depth, num_heads=3, output_width=28)
+  plain = models.Predictor(**settings)
+  variables = plain.init(jax.random.key(5), *args)
+  variables = jax.tree.map(lambda x: x + 0.1, variables)
+  loss = lambda network: jax.value_and_grad(
+    lambda v: jnp.square(network.apply(v, *args)).sum()
+  )(variables)
+  other = models.Predictor(
+    **settings, scan=True, remat=remat, remat_every=every
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-3),
+    loss(other),
+    loss(plain),
+  )
 
 
 def test_predictor_ignores_padding(predictor_inputs):

@@ -440,26 +440,27 @@ from jepa_jax.training import estimate
 
 for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
   place = jax.sharding.SingleDeviceSharding(estimate.devices_of(topology)[0])
-  # ViT-H/14's predictor, whole and its last block, context and target encoder;
-  # ViT-g/16's context encoder.
-  for b, n, heads, width, first in (
-    (128, 123, 16, 384, 0),
-    (128, 123, 16, 384, 69),
-    (32, 69, 16, 1280, 0),
-    (32, 256, 16, 1280, 0),
-    (32, 50, 16, 1408, 0),
+  # ViT-H/14's predictor, whole and its last block, context and target encoder,
+  # whole and its last block; ViT-g/16's context encoder.
+  for b, n, heads, width, queries in (
+    (128, 123, 16, 384, None),
+    (128, 123, 16, 384, 54),
+    (32, 69, 16, 1280, None),
+    (32, 256, 16, 1280, None),
+    (32, 256, 16, 1280, 216),
+    (32, 50, 16, 1408, None),
   ):
     spec = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
       shape, dtype, sharding=place
     )
-    def both(qkv, valid, dy):
-      y = attention.fused_forward(qkv, valid, first=first, heads=heads)
-      return y, attention.fused_backward(
-        qkv, valid, dy, first=first, heads=heads
-      )
+    def both(qkv, valid, query, dy):
+      y = attention.fused_forward(qkv, valid, query, heads=heads)
+      return y, attention.fused_backward(qkv, valid, query, dy, heads=heads)
     valid = spec(b, n, dtype=bool)
-    arrays = spec(b, n, 3 * width), valid, spec(b, n - first, width)
-    jax.jit(both).lower(*arrays).compile()
+    query = spec(b, queries, width) if queries else None
+    qkv = spec(b, n, (2 if queries else 3) * width)
+    dy = spec(b, queries or n, width)
+    jax.jit(both).lower(qkv, valid, query, dy).compile()
   print(topology)
 """
 

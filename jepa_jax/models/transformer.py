@@ -143,10 +143,11 @@ class LayerNorm(nn.Module):
     return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
-def _product(
-  rows: jax.Array, kernel: jax.Array, columns: slice
-) -> jax.Array:
-  """Rows [R, in] times columns of a kernel [in, out] that the layout gathers."""
+def _product(rows: jax.Array, kernel: jax.Array, columns: slice) -> jax.Array:
+  """Rows [R, in] times some columns of a kernel [in, out].
+
+  The kernel is gathered where the layout says.
+  """
   gather = _layout.get().weights
   if gather is None:
     return cpu.matmul(rows, kernel[:, columns])
@@ -164,9 +165,7 @@ class Dense(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array, columns: slice = slice(None)
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
     """[..., in] -> [..., features], or those of some columns alone."""
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", KERNEL_INIT, shape)
@@ -378,7 +377,9 @@ class Transformer(nn.Module):
     group = [apply_block] * every
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
-      group[0] = jax.checkpoint(apply_block, policy=policy, static_argnums=(2, 3))
+      group[0] = jax.checkpoint(
+        apply_block, policy=policy, static_argnums=(2, 3)
+      )
 
     def apply_group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
       for apply, layer in zip(group, layers):
@@ -389,7 +390,7 @@ class Transformer(nn.Module):
     # what else is wanted is unrolled.
     start = stop = 0  # of the scan
     if self.scan:
-      start = every if expand else 0
+      start = min(every, self.depth) if expand else 0
       stop = self.depth - (layers if layers > 1 or select else 0)
       stop = start + max(0, stop - start) // every * every
     sizes = [1] * start + [stop - start] * (stop > start)

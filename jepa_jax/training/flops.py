@@ -28,16 +28,21 @@ def block(
   return keys_and_values + attention + 4 * queries * width * hidden
 
 
-def encoder(network: Any, patches: int, channels: int) -> int:
+def encoder(
+  network: Any, patches: int, channels: int, wanted: int | None = None
+) -> int:
   """Operations of an encoder on some patches of one image, forward.
 
   Args:
     network: models.Encoder.
     patches: how many it receives.
     channels: of the image.
+    wanted: of how many the output is wanted; None for all.
   """
-  hidden = int(network.mlp_ratio * network.width + 1e-6)
-  blocks = network.depth * block(patches, network.width, hidden)
+  width, hidden = network.width, int(network.mlp_ratio * network.width + 1e-6)
+  queries = min(patches, patches if wanted is None else wanted)
+  blocks = (network.depth - 1) * block(patches, width, hidden)
+  blocks += block(patches, width, hidden, queries=queries)
   return blocks + _embedding(network, patches, channels)
 
 
@@ -88,7 +93,8 @@ def step(objective: Any, batch_size: int) -> int | None:
   height, width, channels = objective.image_shape
   patches = (height // network.patch_size) * (width // network.patch_size)
   context = shapes.context_patches
-  target_encoder = encoder(network, patches, channels)
+  wanted = shapes.num_targets * shapes.target_patches
+  target_encoder = encoder(network, patches, channels, wanted)
   per_context = 3 * encoder(network, context, channels)
   per_context -= _embedding(network, context, channels)
   per_context += 3 * predictor(
