@@ -385,9 +385,9 @@ def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
   kernels = lambda width, depth: depth * 12 * width**2
   patches, joints = 8 * 8 * 3 * 512, 2 * 512 * 256
   # The target encoder's pass, the context's and the predictor's, and back. What
-  # lies outside the loops is gathered once: the predictor's last block, whose
-  # backward pass follows at once, and what is no block.
-  gathered = 3 * kernels(512, 3) + 2 * kernels(256, 3) + kernels(256, 1)
+  # lies outside the loops is gathered once: the predictor's first and last
+  # block, and what is no block.
+  gathered = 3 * kernels(512, 3) + 2 * kernels(256, 2) + kernels(256, 2)
   gathered += 2 * patches + joints
   encoder = kernels(512, 3) + patches
   predictor = kernels(256, 4) + joints
