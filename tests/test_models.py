@@ -400,6 +400,14 @@ def test_sums_over_queries_are_those_of_the_plain_product(keys):
   )
 
 
+def test_what_waits_is_the_same_whatever_it_waits_for():
+  ids = jnp.arange(24).reshape(4, 2, 3)
+  done = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1.0])[:, None] * jnp.ones(5)
+  wait = jax.jit(cpu.after).lower(ids, done).compile()
+  np.testing.assert_array_equal(wait(ids, done), ids)
+  assert "compare(" in wait.as_text()  # XLA has not seen through it
+
+
 @pytest.mark.parametrize("tokens", [5, 9])  # fewer and more than a head is wide
 def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at(tokens):
   """Those that sum along another than the left side's last axis."""

@@ -1,11 +1,11 @@
-"""Products of matrices as XLA's CPU backend is fast at them.
+"""What XLA's CPU backend is fast at: products of matrices, and their order.
 
 It hands products along the left side's last axis to a library, YNNPACK, and
 all others to Eigen. That takes several times as long for many matrices at
 once and some percent longer for one, but less where sums are short. Its work
 is also shared by the threads of all devices, so that of two devices, each on
-a core of its own, one is done later than the other. Other backends see the
-plain products.
+a core of its own, one is done later than the other. Other backends see plain
+products, in the order that they choose.
 """
 
 from typing import Any
@@ -82,6 +82,28 @@ def head_sums(x: jax.Array, heads: int) -> jax.Array:
     x,
     cpu=product,
     default=lambda x: x.reshape(*axes, heads, -1).sum(axis=-1),
+  )
+
+
+def after(x: jax.Array, done: jax.Array) -> jax.Array:
+  """x, which a CPU makes only when `done` is there; x elsewhere.
+
+  XLA's CPU works on whatever is ready, on threads that all devices share. Of
+  two networks that do not need each other it may run one device's both first,
+  and that device then waits for the other at the next collective.
+
+  Args:
+    x: integers [B, ...].
+    done: floats [B, ...].
+
+  Returns:
+    x.
+  """
+  # No number is above infinity, which XLA does not see.
+  never = done.reshape(done.shape[0], -1)[:, 0] > jnp.inf
+  never = never.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+  return jax.lax.platform_dependent(
+    x, never, cpu=jnp.add, default=lambda x, never: x
   )
 
 

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from jepa_jax import models, objectives
+from jepa_jax.models import cpu
 from jepa_jax.objectives import masks
 
 # The released code normalises targets with PyTorch's default epsilon.
@@ -168,7 +169,7 @@ class IJEPA:
     context = self.encoder.apply(
       {"params": params["encoder"]},
       images,
-      context_ids,
+      cpu.after(context_ids, features),
       context_valid,
       train=True,
       rngs={"dropout": rng},
