@@ -1,4 +1,4 @@
-"""What XLA's CPU backend is fast at: products of matrices, and their order.
+"""Products of matrices, and an order of work, as XLA's CPU is fast at them.
 
 It hands products along the left side's last axis to a library, YNNPACK, and
 all others to Eigen. That takes several times as long for many matrices at
