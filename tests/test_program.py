@@ -217,6 +217,14 @@ def test_no_gradient_reaches_the_target_encoder(config):
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
+def test_on_a_cpu_the_context_waits_for_the_targets(config):
+  program = build(config)
+  text = program.step.lower(program.state_spec, program.batch_spec)
+  text = text.compile().as_text()
+  # What it waits for: whether a target's feature is above infinity.
+  assert "constant(inf)" in text and "direction=GT" in text
+
+
 def test_l2_is_the_squared_error():
   x = jnp.asarray([-3.0, 0.5, 0.0, 1.0])
   np.testing.assert_allclose(
