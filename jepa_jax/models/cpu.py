@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 # What Eigen is faster at with AVX-512: sums up to this long, results up to this
 # wide. Found on one Zen 4 core in float32, where at sums of 384 the two are
-# level. On a Zen 3 core, with AVX2, it is faster at all sizes but these two.
+# level. With AVX2 alone, on a Zen 3 core, it is faster at all sizes, unless one
+# of the next two is in its way.
 _SHORT = 256
 _NARROW = 128
 
@@ -144,8 +145,8 @@ def _backward(
   kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   rows, kernel = kept
-  by_eigen = _avx2_alone() and max(kernel.shape) % _CROWDED
-  turn = jnp.transpose if by_eigen else _turned
+  eigen = rows.dtype == jnp.float32 and _avx2_alone()
+  turn = jnp.transpose if eigen and max(kernel.shape) % _CROWDED else _turned
   if kernel.shape[0] > kernel.shape[1]:
     on_cpu = lambda rows, dy: _in_memory(turn(dy) @ rows).T
   else:
@@ -153,7 +154,7 @@ def _backward(
   dkernel = jax.lax.platform_dependent(
     rows, dy, cpu=on_cpu, default=lambda rows, dy: rows.T @ dy
   )
-  return _product(dy, kernel.T, _avx2_alone() and len(dy) >= _MANY), dkernel
+  return _product(dy, kernel.T, eigen and len(dy) >= _MANY), dkernel
 
 
 matmul.defvjp(
