@@ -378,6 +378,13 @@ def test_products_go_to_eigen_where_it_is_faster(shape, avx2_alone):
   assert ("f32[7,528]" in text) == (shape == (5, 512))  # rows held apart
 
 
+def test_other_types_than_float32_are_not_left_to_eigen(avx2_alone):
+  arrays = (jnp.ones(shape, jnp.bfloat16) for shape in ((7, 45), (45, 13)))
+  text = jax.jit(lambda *given: cpu.matmul(*given)).lower(*arrays).as_text()
+  assert "stablehlo.dot_general" in text
+  assert "stablehlo.convolution" not in text
+
+
 @pytest.mark.parametrize(
   ("shape", "count", "by_eigen"),
   [
