@@ -97,6 +97,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.compute = ml_collections.ConfigDict()
   c.compute.dtype = "bfloat16"  # of activations; parameters are float32
   c.compute.scan = True  # one compiled block for all; False unrolls
+  # Parts of a slice that need not wait for each other, with the memory of all:
+  # a CPU's cores work on one each. More to compile, and no gain elsewhere.
+  c.compute.parts = 1
   # What the backward pass computes again to save memory, besides GELU and
   # LayerNorm, which it always does: "none", "products"
   # (all but matrix products), "dots" (all but products with weights) or
@@ -302,15 +305,16 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"data.{name} has {len(data[name])} values for {data.channels} "
         "channels; give one a channel."
       )
-  if config.batch_size < 1 or config.accumulate_steps < 1:
+  sizes = (config.batch_size, config.accumulate_steps, config.compute.parts)
+  if min(sizes) < 1:
     raise ValueError(
-      f"batch_size {config.batch_size} and accumulate_steps "
-      f"{config.accumulate_steps} need to be at least 1."
+      "batch_size {}, accumulate_steps {} and compute.parts {} need to be at "
+      "least 1.".format(*sizes)
     )
-  if config.batch_size % config.accumulate_steps:
+  if config.batch_size % math.prod(sizes[1:]):
     raise ValueError(
-      f"batch_size {config.batch_size} is not a multiple of "
-      f"accumulate_steps {config.accumulate_steps}; change one of them."
+      "batch_size {} is not a multiple of accumulate_steps {} times "
+      "compute.parts {}; change one of them.".format(*sizes)
     )
   for name, network in (("encoder", encoder), ("predictor", config.predictor)):
     if network.width % network.num_heads or network.width % 4:

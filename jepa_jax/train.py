@@ -35,6 +35,7 @@ _FREE_KEYS = (
   "profile.",
   "compute.scan",
   "compute.remat",
+  "compute.parts",
 )
 
 

@@ -110,12 +110,17 @@ def test_target_is_the_moving_average(objective_config):
       np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("slices", [2, 4])
-def test_accumulation_gives_the_gradient_of_the_whole(objective_config, slices):
+@pytest.mark.parametrize(
+  "slices, side_by_side", [(2, 1), (4, 1), (1, 2), (2, 2)]
+)
+def test_slices_give_the_gradient_of_the_whole(
+  objective_config, slices, side_by_side
+):
   # The batch's images have unequal numbers of targets: a mean of means would
   # not do.
   whole = build(objective_config)
   objective_config.accumulate_steps = slices
+  objective_config.compute.parts = side_by_side
   parts = build(objective_config)
   batch = make_batch(whole)
   a, metrics_a, features_a = whole.step(whole.init(0), batch)

@@ -349,6 +349,8 @@ def test_a_key_that_an_older_version_lacked_may_keep_its_default(
     ("masks.name", "releasd", "released"),
     ("batch_size", 0, "at least 1"),
     ("accumulate_steps", 3, "not a multiple"),
+    ("compute.parts", 0, "at least 1"),
+    ("compute.parts", 3, "not a multiple"),
     ("compute.dtype", "float16", "known: float32, bfloat16"),
     ("total", "soon", "a number and a unit"),
     ("data.mean", (0.5,), "one a channel"),

@@ -79,12 +79,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """
   config_lib.check(config)
   config = ml_collections.FrozenConfigDict(config)
-  per_slice = config.batch_size // config.accumulate_steps
-  if per_slice % mesh.size:
+  slices = config.accumulate_steps * config.compute.parts
+  if config.batch_size // slices % mesh.size:
     raise ValueError(
-      f"batch_size {config.batch_size} in {config.accumulate_steps} slices "
+      f"batch_size {config.batch_size} in {slices} slices "
       f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
-      f"{_nearest_multiples(config.batch_size, mesh.size, config)}."
+      f"{_nearest_multiples(config.batch_size, mesh.size * slices)}."
     )
   platform = mesh.devices.flat[0].platform
   if config.compute.attention == "cudnn" and platform not in ("gpu", "cuda"):
@@ -151,11 +151,28 @@ def _make_step(
       loss = objective.loss(params, target_params, batch, rng)
     return loss.total, loss
 
-  def gradients(params, target_params, batch, rng):
+  def part_gradients(params, target_params, batch, rng):
     grad = jax.grad(total_and_rest, has_aux=True)
     grads, loss = grad(params, target_params, batch, rng)
     # Scattered as they are made, in the type that they are made in.
     return jax.lax.with_sharding_constraint(grads, shardings.params), loss
+
+  def gradients(params, target_params, batch, rng):
+    parts = config.compute.parts
+    if parts == 1:
+      return part_gradients(params, target_params, batch, rng)
+    # Not a loop: XLA's CPU works on whatever is ready.
+    slices = (_cut(batch, parts), jax.random.split(rng, parts))
+    done = [
+      part_gradients(
+        params, target_params, *jax.tree.map(lambda x, i=i: x[i], slices)
+      )
+      for i in range(parts)
+    ]
+    grads, losses = zip(*done)
+    add = lambda *grads: sum(g.astype(jnp.float32) for g in grads)
+    stack = lambda *losses: jnp.stack(losses)
+    return jax.tree.map(add, *grads), _join(jax.tree.map(stack, *losses))
 
   def accumulated_gradients(state, batch, rng):
     slices = config.accumulate_steps
@@ -168,10 +185,6 @@ def _make_step(
     )
     if slices == 1:
       return gradients(params, target_params, batch, rng)
-    # Every device keeps its own images: slices are cut inside its share.
-    cut = lambda x: jnp.moveaxis(
-      x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
-    )
 
     def add(grads, xs):
       part, rng = xs
@@ -181,16 +194,9 @@ def _make_step(
     grads, losses = jax.lax.scan(
       add,
       jax.tree.map(jnp.zeros_like, state.params),
-      (jax.tree.map(cut, batch), jax.random.split(rng, slices)),
+      (_cut(batch, slices), jax.random.split(rng, slices)),
     )
-    return grads, objectives.Loss(
-      total=losses.total.sum(),
-      weight=losses.weight.sum(),
-      metrics=jax.tree.map(lambda x: x.mean(axis=0), losses.metrics),
-      features=jnp.moveaxis(losses.features, 0, 1).reshape(
-        -1, losses.features.shape[-1]
-      ),
-    )
+    return grads, _join(losses)
 
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -228,9 +234,29 @@ def _make_step(
   return step
 
 
-def _nearest_multiples(
-  batch_size: int, devices: int, config: ml_collections.FrozenConfigDict
-) -> str:
-  unit = devices * config.accumulate_steps
+def _cut(batch: dict[str, jax.Array], slices: int) -> dict[str, jax.Array]:
+  """[B, ...] -> [slices, B / slices, ...] of every array.
+
+  Every device keeps its own images: slices are cut inside its share.
+  """
+  cut = lambda x: jnp.moveaxis(
+    x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
+  )
+  return jax.tree.map(cut, batch)
+
+
+def _join(losses: objectives.Loss) -> objectives.Loss:
+  """The loss of a batch from those of its slices, stacked in front."""
+  return objectives.Loss(
+    total=losses.total.sum(),
+    weight=losses.weight.sum(),
+    metrics=jax.tree.map(lambda x: x.mean(axis=0), losses.metrics),
+    features=jnp.moveaxis(losses.features, 0, 1).reshape(
+      -1, losses.features.shape[-1]
+    ),
+  )
+
+
+def _nearest_multiples(batch_size: int, unit: int) -> str:
   below = batch_size // unit * unit
   return ", ".join(str(n) for n in (below, below + unit) if n)
