@@ -388,8 +388,8 @@ def parse_flags() -> argparse.ArgumentParser:
   sub.add_argument(
     "--parts",
     type=int,
-    default=2,
-    help="of ours alone, config.compute.parts; 1 for an XLA device a core",
+    default=1,
+    help="of ours alone, config.compute.parts; for one XLA device",
   )
   sub = commands.choices["encode"]
   sub.add_argument("--size", choices=models.SIZES, default="b")
