@@ -98,7 +98,7 @@ def defaults() -> ml_collections.ConfigDict:
   c.compute.dtype = "bfloat16"  # of activations; parameters are float32
   c.compute.scan = True  # one compiled block for all; False unrolls
   # Parts of a slice that need not wait for each other, with the memory of all:
-  # a CPU's cores work on one each. More to compile, and no gain elsewhere.
+  # a CPU's cores work on one each. More to compile; only tried on a CPU.
   c.compute.parts = 1
   # What the backward pass computes again to save memory, besides GELU and
   # LayerNorm, which it always does: "none", "products"

@@ -35,7 +35,6 @@ _FREE_KEYS = (
   "profile.",
   "compute.scan",
   "compute.remat",
-  "compute.parts",
 )
 
 

@@ -162,10 +162,10 @@ def _make_step(
     if parts == 1:
       return part_gradients(params, target_params, batch, rng)
     # Not a loop: XLA's CPU works on whatever is ready.
-    slices = (_cut(batch, parts), jax.random.split(rng, parts))
+    cut = (_cut(batch, parts), jax.random.split(rng, parts))
     done = [
       part_gradients(
-        params, target_params, *jax.tree.map(lambda x, i=i: x[i], slices)
+        params, target_params, *jax.tree.map(lambda x, i=i: x[i], cut)
       )
       for i in range(parts)
     ]
