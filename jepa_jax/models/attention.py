@@ -62,6 +62,21 @@ def _heads_first(
 def _attend_forward(
   qkv: jax.Array, valid: jax.Array | None, given: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+  y, weights, share = cpu.a_few_at_a_time(
+    _attend_to_some, _score_bytes(qkv, given), qkv, valid, given
+  )
+  return y, (qkv, given, weights, share, y)
+
+
+def _score_bytes(qkv: jax.Array, query: jax.Array | None) -> int:
+  """Of a sequence's scores."""
+  queries = (qkv if query is None else query).shape[1]
+  return 4 * qkv.shape[3] * queries * qkv.shape[1]
+
+
+def _attend_to_some(
+  qkv: jax.Array, valid: jax.Array | None, given: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   query, key, value = _heads_first(qkv, given)
   scores = jnp.einsum(
     "bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32
@@ -76,14 +91,27 @@ def _attend_forward(
     "bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32
   )
   y = (y * share).astype(value.dtype).transpose(0, 2, 1, 3)
-  y = y.reshape(*y.shape[:2], -1)
-  return y, (qkv, given, weights, share, y)
+  return y.reshape(*y.shape[:2], -1), weights, share
 
 
 def _attend_backward(
   kept: tuple[jax.Array | None, ...], dy: jax.Array
 ) -> tuple[jax.Array, None, jax.Array | None]:
-  qkv, given, weights, share, y = kept
+  qkv, given, *_ = kept
+  dqkv, dquery = cpu.a_few_at_a_time(
+    _gradients_of_some, _score_bytes(qkv, given), *kept, dy
+  )
+  return dqkv, None, dquery
+
+
+def _gradients_of_some(
+  qkv: jax.Array,
+  given: jax.Array | None,
+  weights: jax.Array,
+  share: jax.Array,
+  y: jax.Array,
+  dy: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
   query, key, value = _heads_first(qkv, given)
   split = lambda x: x.reshape(*x.shape[:2], *qkv.shape[3:])
   # For every row the sum of its weights times their gradients, from arrays
@@ -104,7 +132,7 @@ def _attend_backward(
   # Turned one by one: XLA's CPU then joins them in about half the time.
   turned = [x.transpose(0, 2, 1, 3) for x in (dquery, dkey, dvalue)]
   dquery = None if given is None else turned.pop(0)
-  return jnp.stack(turned, axis=2), None, dquery
+  return jnp.stack(turned, axis=2), dquery
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

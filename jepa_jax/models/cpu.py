@@ -9,6 +9,7 @@ later than the other. Other backends see plain products, in the order that they
 choose.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -28,8 +29,43 @@ _NARROW = 128
 _CROWDED = 512
 _MORE_COLUMNS = 16  # that keep its rows apart
 
-# Rows whose product outweighs turning the kernel in memory, as Eigen gets it.
+# What a core's second cache and its share of the third hold, about.
+_NEAR_BYTES = 2**20
+
+# Rows on a device whose product outweighs turning the kernel in memory, as
+# Eigen gets it.
 _MANY = 1024
+
+
+def a_few_at_a_time(
+  function: Callable[..., Any], bytes_each: int, *arrays: jax.Array | None
+) -> Any:
+  """function(*arrays) of sequences that do not need each other.
+
+  On a CPU it sees a few of them at a time, so that what it makes of them is
+  still in the caches when it is used. A batch that is split over devices needs
+  `layout`.
+
+  Args:
+    function: arrays [B, ...], for any B, or None -> a tree of arrays [B, ...].
+    bytes_each: that it writes and reads again for a sequence.
+    *arrays: its arguments.
+
+  Returns:
+    What it returns.
+  """
+  b = len(arrays[0])
+  most = max(1, _NEAR_BYTES // bytes_each)
+  few = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
+  if few in (1, b):  # one by one costs as much as it saves
+    return function(*arrays)
+
+  def on_cpu(*arrays):
+    cut = lambda x: x.reshape(-1, few, *x.shape[1:])
+    outs = jax.lax.map(lambda xs: function(*xs), jax.tree.map(cut, arrays))
+    return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), outs)
+
+  return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=function)
 
 
 def sum_over_queries(scores: jax.Array, x: jax.Array) -> jax.Array:
@@ -131,19 +167,27 @@ def _avx2_alone() -> bool:
   return "avx2" in flags and "avx512f" not in flags
 
 
-@jax.custom_vjp
-def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+  rows: jax.Array, kernel: jax.Array, devices: int = 1
+) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
   On a CPU the product and its gradients go to the kernels that are fastest at
   their shapes; for the kernel's gradient the narrower of its two sides is
   turned, in memory for YNNPACK. Differentiable backwards only.
+
+  Args:
+    rows: see above.
+    kernel: see above.
+    devices: that the rows are split over.
   """
+  del devices
   return _product(rows, kernel, _avx2_alone())
 
 
 def _backward(
-  kept: tuple[jax.Array, jax.Array], dy: jax.Array
+  devices: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   rows, kernel = kept
   eigen = rows.dtype == jnp.float32 and _avx2_alone()
@@ -155,11 +199,16 @@ def _backward(
   dkernel = jax.lax.platform_dependent(
     rows, dy, cpu=on_cpu, default=lambda rows, dy: rows.T @ dy
   )
-  return _product(dy, kernel.T, eigen and len(dy) >= _MANY), dkernel
+  many = len(dy) // devices >= _MANY
+  return _product(dy, kernel.T, eigen and many), dkernel
 
 
 matmul.defvjp(
-  lambda *given: (_product(*given, _avx2_alone()), given), _backward
+  lambda rows, kernel, devices: (
+    _product(rows, kernel, _avx2_alone()),
+    (rows, kernel),
+  ),
+  _backward,
 )
 
 

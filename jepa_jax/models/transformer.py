@@ -46,6 +46,7 @@ class _Layout(NamedTuple):
   activations: Callable[[jax.Array], jax.Array] | None = None
   weights: Callable[[Any], Any] | None = None
   per_device: Callable[[Callable], Callable] | None = None
+  devices: int = 1
 
 
 _NO_LAYOUT = _Layout()
@@ -57,6 +58,7 @@ def layout(
   activations: Callable[[jax.Array], jax.Array] | None,
   weights: Callable[[Any], Any] | None,
   per_device: Callable[[Callable], Callable] | None = None,
+  devices: int = 1,
 ) -> Iterator[None]:
   """Says where networks that are traced within keep what they compute.
 
@@ -68,8 +70,9 @@ def layout(
       leaves them where they are.
     per_device: of a function of arrays that have the batch in front, the same
       function on every device's own part; None where there is one device.
+    devices: that share a batch.
   """
-  token = _layout.set(_Layout(activations, weights, per_device))
+  token = _layout.set(_Layout(activations, weights, per_device, devices))
   try:
     yield
   finally:
@@ -148,13 +151,13 @@ def _product(rows: jax.Array, kernel: jax.Array, columns: slice) -> jax.Array:
 
   The kernel is gathered where the layout says.
   """
-  gather = _layout.get().weights
+  gather, devices = _layout.get().weights, _layout.get().devices
   if gather is None:
-    return cpu.matmul(rows, kernel[:, columns])
+    return cpu.matmul(rows, kernel[:, columns], devices)
   # A gathered kernel that is kept for the backward pass would fill the memory
   # that splitting it saved: it is gathered once more.
   return jax.checkpoint(
-    lambda rows, kernel: cpu.matmul(rows, gather(kernel)[:, columns])
+    lambda rows, kernel: cpu.matmul(rows, gather(kernel)[:, columns], devices)
   )(rows, kernel)
 
 
@@ -250,11 +253,13 @@ class Block(nn.Module):
       x, qkv = expand(x), expand(qkv)
     qkv = qkv.reshape(*qkv.shape[:2], -1, *heads)
     # Parameters are initialised from one token, which no mesh divides.
-    if self.attention == "own" or self.is_initializing():
+    per_device = _layout.get().per_device or (lambda f: f)
+    if self.is_initializing():
       y = attention.attend(qkv, valid, query)
-    elif self.attention == "pallas":
-      per_device = _layout.get().per_device or (lambda f: f)
-      y = per_device(attention.attend_fused)(qkv, valid, query)
+    elif self.attention in ("own", "pallas"):
+      own = self.attention == "own"
+      attend = attention.attend if own else attention.attend_fused
+      y = per_device(attend)(qkv, valid, query)
     else:
       y = attention.attend_with_jax(qkv, valid, query, self.attention)
     x = x + keep_path(drop(dense(d, name="out")(y)))
