@@ -312,6 +312,39 @@ def test_attention_and_its_gradient_match_flax(first):
   np.testing.assert_array_equal(gradient(own)[0, 2, 1:], 0)  # padding
 
 
+@pytest.mark.parametrize("batch", [6, 7])  # 7 sequences make no equal parts
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("first", [None, 3])
+def test_attention_of_a_few_sequences_at_a_time_is_the_same(
+  first, padded, batch, monkeypatch
+):
+  tokens, heads = 5, 2
+  qkv = jax.random.normal(jax.random.key(0), (batch, tokens, 3, heads, 4))
+  valid = jnp.arange(tokens) < 2 + jnp.arange(batch)[:, None] % 4
+  query = None
+  if first:
+    query, qkv = qkv[:, first:, 0], qkv[:, :, 1:]
+
+  def gradient(qkv, query):
+    attend = lambda qkv, query: attention.attend(
+      qkv, valid if padded else None, query
+    )
+    y, back = jax.vjp(attend, qkv, query)
+    return y, back(jnp.cos(y))
+
+  whole = jax.jit(gradient).lower(qkv, query).compile()
+  queries = tokens - (first or 0)
+  few = 3 * 4 * heads * queries * tokens  # bytes of three sequences' scores
+  monkeypatch.setattr(cpu, "_NEAR_BYTES", few)
+  parts = jax.jit(lambda *given: gradient(*given)).lower(qkv, query).compile()
+  assert " while(" not in whole.as_text()
+  assert parts.as_text().count(" while(") == (2 if batch == 6 else 0)
+  for own, plain in zip(
+    jax.tree.leaves(parts(qkv, query)), jax.tree.leaves(whole(qkv, query))
+  ):
+    np.testing.assert_allclose(own, plain, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layer_norm_and_its_gradient_match_flax(dtype):
   keys = jax.random.split(jax.random.key(0), 4)
@@ -386,17 +419,21 @@ def test_other_types_than_float32_are_not_left_to_eigen(avx2_alone):
 
 
 @pytest.mark.parametrize(
-  ("shape", "count", "by_eigen"),
+  ("shape", "count", "devices", "by_eigen"),
   [
-    ((300, 259), 1024, 2),
-    ((300, 259), 7, 1),  # too few rows to turn the kernel for
-    ((512, 259), 7, 0),  # and rows that are crowded
+    ((300, 259), 1024, 1, 2),
+    ((300, 259), 7, 1, 1),  # too few rows to turn the kernel for
+    ((300, 259), 1024, 2, 1),  # the same, on each of two devices
+    ((512, 259), 7, 1, 0),  # and rows that are crowded
   ],
 )
-def test_gradients_go_to_eigen_with_avx2(shape, count, by_eigen, monkeypatch):
+def test_gradients_go_to_eigen_with_avx2(
+  shape, count, devices, by_eigen, monkeypatch
+):
   monkeypatch.setattr(cpu, "_avx2_alone", lambda: True)
   rows, dy = (jnp.ones((count, size)) for size in shape)
-  backward = lambda rows, kernel, dy: jax.vjp(cpu.matmul, rows, kernel)[1](dy)
+  product = lambda rows, kernel: cpu.matmul(rows, kernel, devices)
+  backward = lambda rows, kernel, dy: jax.vjp(product, rows, kernel)[1](dy)
   text = jax.jit(backward).lower(rows, jnp.ones(shape), dy).compile().as_text()
   entry = text[text.index("ENTRY") :]
   products = re.findall(r" = \S+ dot\(.*|%ynn_fusion\S* = .*", entry)

@@ -168,9 +168,7 @@ def _avx2_alone() -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(
-  rows: jax.Array, kernel: jax.Array, devices: int = 1
-) -> jax.Array:
+def matmul(rows: jax.Array, kernel: jax.Array, devices: int = 1) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
   On a CPU the product and its gradients go to the kernels that are fastest at
