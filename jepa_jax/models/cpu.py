@@ -54,7 +54,9 @@ def a_few_at_a_time(
   Returns:
     What it returns.
   """
-  b = len(arrays[0])
+  b = arrays[0].shape[0]
+  if jax.export.is_symbolic_dim(b):
+    return function(*arrays)
   most = max(1, _NEAR_BYTES // bytes_each)
   few = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
   if few in (1, b):  # one by one costs as much as it saves
