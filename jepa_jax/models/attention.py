@@ -24,7 +24,8 @@ def attend(
 ) -> jax.Array:
   """Scaled dot-product attention; scores and softmax in float32.
 
-  Differentiable backwards only: jax.grad and jax.vjp, not jax.jvp.
+  Differentiable backwards only: jax.grad and jax.vjp, not jax.jvp. On CPUs, a
+  batch that is split over devices needs `layout` to be as fast as it may.
 
   Args:
     qkv: [B, N, 3, heads, head_dim], queries, keys and values; [B, N, 2, heads,

@@ -43,8 +43,8 @@ def a_few_at_a_time(
   """function(*arrays) of sequences that do not need each other.
 
   On a CPU it sees a few of them at a time, so that what it makes of them is
-  still in the caches when it is used. A batch that is split over devices needs
-  `layout`.
+  still in the caches when it is used. Devices that share a
+  batch need `layout`: pieces are cut across all that is given.
 
   Args:
     function: arrays [B, ...], for any B, or None -> a tree of arrays [B, ...].
@@ -55,7 +55,7 @@ def a_few_at_a_time(
     What it returns.
   """
   b = arrays[0].shape[0]
-  if jax.export.is_symbolic_dim(b):
+  if jax.export.is_symbolic_dim(b):  # an exported network takes any
     return function(*arrays)
   most = max(1, _NEAR_BYTES // bytes_each)
   few = next(size for size in range(min(b, most), 0, -1) if b % size == 0)

@@ -151,7 +151,7 @@ def _product(rows: jax.Array, kernel: jax.Array, columns: slice) -> jax.Array:
 
   The kernel is gathered where the layout says.
   """
-  gather, devices = _layout.get().weights, _layout.get().devices
+  _, gather, _, devices = _layout.get()
   if gather is None:
     return cpu.matmul(rows, kernel[:, columns], devices)
   # A gathered kernel that is kept for the backward pass would fill the memory
@@ -252,14 +252,13 @@ class Block(nn.Module):
     if expand is not None:
       x, qkv = expand(x), expand(qkv)
     qkv = qkv.reshape(*qkv.shape[:2], -1, *heads)
-    # Parameters are initialised from one token, which no mesh divides.
     per_device = _layout.get().per_device or (lambda f: f)
-    if self.is_initializing():
+    if self.is_initializing():  # from one token, which no mesh divides
       y = attention.attend(qkv, valid, query)
-    elif self.attention in ("own", "pallas"):
-      own = self.attention == "own"
-      attend = attention.attend if own else attention.attend_fused
-      y = per_device(attend)(qkv, valid, query)
+    elif self.attention == "own":
+      y = per_device(attention.attend)(qkv, valid, query)
+    elif self.attention == "pallas":
+      y = per_device(attention.attend_fused)(qkv, valid, query)
     else:
       y = attention.attend_with_jax(qkv, valid, query, self.attention)
     x = x + keep_path(drop(dense(d, name="out")(y)))
