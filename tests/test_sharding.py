@@ -14,7 +14,6 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 import conftest, test_program
-from jepa_jax.models import cpu
 from jepa_jax.training import (
   checkpoints, hlo, program as program_lib, sharding
 )
@@ -32,12 +31,6 @@ def build(data, fsdp):
   mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp])
   return program_lib.build(config, mesh)
 
-told = set()  # of how many devices share the rows of products
-matmul = cpu.matmul
-cpu.matmul = lambda rows, kernel, devices: (
-  told.add(devices) or matmul(rows, kernel, devices)
-)
-
 def flat(state):
   return [np.asarray(x).tolist() for x in jax.tree.leaves(state)]
 
@@ -48,7 +41,6 @@ for data, fsdp, parts, attention in (
 ):
   config.compute.attention, config.compute.parts = attention, parts
   program = build(data, fsdp)
-  told.clear()
   lowered = program.step.lower(program.state_spec, program.batch_spec)
   compiled = lowered.compile()
   state, losses = program.init(0), []
@@ -69,7 +61,6 @@ for data, fsdp, parts, attention in (
   name += " in parts" * (parts > 1)
   results[name] = dict(
     traffic=traffic,
-    told=sorted(told),
     kernels={
       name: sum(
         x.size for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -137,11 +128,6 @@ def test_a_mesh_changes_nothing_but_the_rounding(results, mesh):
   np.testing.assert_allclose(
     results[mesh]["params"], results["1x1"]["params"], rtol=1e-4, atol=1e-5
   )
-
-
-def test_products_are_told_how_many_devices_share_their_rows(results):
-  told = {mesh: results[mesh]["told"] for mesh in ("1x1", "8x1", "2x4")}
-  assert told == {"1x1": [1], "8x1": [8], "2x4": [8]}
 
 
 @pytest.mark.parametrize("mesh", ["1x8", "2x4", "2x4 pallas"])

@@ -2,24 +2,20 @@
 
 It hands products along the left side's last axis to a library, YNNPACK, and
 all others to Eigen. That takes several times as long for many matrices at
-once. For one it takes less where sums are short or the processor has AVX2
-alone, and else some percent longer. Its work is also shared by the threads of
-all devices, so that of two devices, each on a core of its own, one is done
-later than the other. Other backends see plain products, in the order that they
-choose.
+once, and for one less where sums are short. Its work is also shared by the
+threads of all devices, which then wait for each other: of two devices, each on
+a core of its own, one is done later than the other. Other backends see plain
+products, in the order that they choose.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# What Eigen is faster at with AVX-512: sums up to this long, results up to this
-# wide. Found on one Zen 4 core in float32, where at sums of 384 the two are
-# level. With AVX2 alone, on a Zen 3 core, it is faster at all sizes, unless one
-# of the next two is in its way.
+# What Eigen is faster at: sums up to this long, results up to this wide. Found
+# on one Zen 4 core in float32, where at sums of 384 the two are level.
 _SHORT = 256
 _NARROW = 128
 
@@ -27,14 +23,9 @@ _NARROW = 128
 # lines of the caches: Eigen took one and a half times as long on a Zen 3 core,
 # and twice as long at 1,024.
 _CROWDED = 512
-_MORE_COLUMNS = 16  # that keep its rows apart
 
 # What a core's second cache and its share of the third hold, about.
 _NEAR_BYTES = 2**20
-
-# Rows on a device whose product outweighs turning the kernel in memory, as
-# Eigen gets it.
-_MANY = 1024
 
 
 def a_few_at_a_time(
@@ -158,75 +149,43 @@ def after(x: jax.Array, done: jax.Array) -> jax.Array:
   )
 
 
-@functools.cache
-def _avx2_alone() -> bool:
-  """Whether this machine's processor has AVX2 and not AVX-512."""
-  try:
-    with open("/proc/cpuinfo") as file:
-      flags = set(file.read().split())
-  except OSError:  # not Linux
-    return False
-  return "avx2" in flags and "avx512f" not in flags
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(rows: jax.Array, kernel: jax.Array, devices: int = 1) -> jax.Array:
+@jax.custom_vjp
+def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
   On a CPU the product and its gradients go to the kernels that are fastest at
   their shapes; for the kernel's gradient the narrower of its two sides is
-  turned, in memory for YNNPACK. Differentiable backwards only.
-
-  Args:
-    rows: see above.
-    kernel: see above.
-    devices: that the rows are split over.
+  turned in memory. Differentiable backwards only.
   """
-  del devices
-  return _product(rows, kernel, _avx2_alone())
+  return _product(rows, kernel)
 
 
 def _backward(
-  devices: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+  kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   rows, kernel = kept
-  eigen = rows.dtype == jnp.float32 and _avx2_alone()
-  turn = jnp.transpose if eigen and max(kernel.shape) % _CROWDED else _turned
   if kernel.shape[0] > kernel.shape[1]:
-    on_cpu = lambda rows, dy: _in_memory(turn(dy) @ rows).T
+    on_cpu = lambda rows, dy: _in_memory(_turned(dy) @ rows).T
   else:
-    on_cpu = lambda rows, dy: turn(rows) @ dy
+    on_cpu = lambda rows, dy: _turned(rows) @ dy
   dkernel = jax.lax.platform_dependent(
     rows, dy, cpu=on_cpu, default=lambda rows, dy: rows.T @ dy
   )
-  many = len(dy) // devices >= _MANY
-  return _product(dy, kernel.T, eigen and many), dkernel
+  return _product(dy, kernel.T), dkernel
 
 
 matmul.defvjp(
-  lambda rows, kernel, devices: (
-    _product(rows, kernel, _avx2_alone()),
-    (rows, kernel),
-  ),
-  _backward,
+  lambda rows, kernel: (_product(rows, kernel), (rows, kernel)), _backward
 )
 
 
-def _product(
-  rows: jax.Array, kernel: jax.Array, prefer_eigen: bool
-) -> jax.Array:
+def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   length, width = kernel.shape
   short = length <= _SHORT or width <= _NARROW
-  if rows.dtype != jnp.float32 or not (prefer_eigen or short):
+  if rows.dtype != jnp.float32 or not short or width % _CROWDED == 0:
     return rows @ kernel
-
-  def on_cpu(rows, kernel):
-    if width % _CROWDED == 0:
-      kernel = jnp.pad(kernel, ((0, 0), (0, _MORE_COLUMNS)))
-    return _by_eigen(rows, kernel)[:, :width]
-
   return jax.lax.platform_dependent(
-    rows, kernel, cpu=on_cpu, default=jnp.matmul
+    rows, kernel, cpu=_by_eigen, default=jnp.matmul
   )
 
 

@@ -46,7 +46,6 @@ class _Layout(NamedTuple):
   activations: Callable[[jax.Array], jax.Array] | None = None
   weights: Callable[[Any], Any] | None = None
   per_device: Callable[[Callable], Callable] | None = None
-  devices: int = 1
 
 
 _NO_LAYOUT = _Layout()
@@ -58,7 +57,6 @@ def layout(
   activations: Callable[[jax.Array], jax.Array] | None,
   weights: Callable[[Any], Any] | None,
   per_device: Callable[[Callable], Callable] | None = None,
-  devices: int = 1,
 ) -> Iterator[None]:
   """Says where networks that are traced within keep what they compute.
 
@@ -70,9 +68,8 @@ def layout(
       leaves them where they are.
     per_device: of a function of arrays that have the batch in front, the same
       function on every device's own part; None where there is one device.
-    devices: that share a batch.
   """
-  token = _layout.set(_Layout(activations, weights, per_device, devices))
+  token = _layout.set(_Layout(activations, weights, per_device))
   try:
     yield
   finally:
@@ -151,13 +148,13 @@ def _product(rows: jax.Array, kernel: jax.Array, columns: slice) -> jax.Array:
 
   The kernel is gathered where the layout says.
   """
-  _, gather, _, devices = _layout.get()
+  gather = _layout.get().weights
   if gather is None:
-    return cpu.matmul(rows, kernel[:, columns], devices)
+    return cpu.matmul(rows, kernel[:, columns])
   # A gathered kernel that is kept for the backward pass would fill the memory
   # that splitting it saved: it is gathered once more.
   return jax.checkpoint(
-    lambda rows, kernel: cpu.matmul(rows, gather(kernel)[:, columns], devices)
+    lambda rows, kernel: cpu.matmul(rows, gather(kernel)[:, columns])
   )(rows, kernel)
 
 

@@ -84,7 +84,6 @@ def network_layout(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
       out_specs=split.spec,
       check_vma=False,  # kernels do not say over which axes they vary
     ),
-    devices=mesh.size,
   )
 
 
