@@ -308,7 +308,10 @@ def _work(name: str, settings: dict[str, Any], pipe: Any) -> None:
       break
   pipe.send(value)
   while True:
-    count = pipe.recv()
+    try:
+      count = pipe.recv()
+    except EOFError:  # all is measured
+      return
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     for _ in range(count):
