@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import speed
 
 from jepa_jax import bench, command
 from jepa_jax import config as config_lib
@@ -291,3 +292,28 @@ def test_turns_alternate_and_give_medians():
   turns = {"a": turn("a", [9, 1, 5, 2]), "b": turn("b", [0, 7, 7, 8])}
   assert bench.in_turns(turns, 3) == {"a": 2, "b": 7}
   assert "".join(calls) == "baabbaab"
+
+
+@pytest.mark.parametrize(
+  ("faulty", "counted", "ran"), [((), 3, 3), (range(3), 3, 6), (range(6), 0, 6)]
+)
+def test_the_comparison_runs_rounds_with_page_faults_again(
+  faulty, counted, ran, monkeypatch, capsys
+):
+  class Side:
+    value, turns = 1.0, 0
+
+    def __init__(self, name, settings):
+      self.ours = name.startswith("jax")
+
+    def run(self, count):
+      faults = 30.0 if self.ours and self.turns in faulty else 0.0
+      self.turns += 1
+      return {"seconds": 1.0 + faults, "minor_faults": faults}
+
+  monkeypatch.setattr(speed, "Side", Side)
+  monkeypatch.setattr(speed.importlib.metadata, "version", lambda name: "1")
+  assert speed.main(speed.parse_flags().parse_args(["step", "--pause=0"])) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert (report["counted"], len(report["rounds"])) == (counted, ran)
+  assert report["ratio"] == (1.0 if counted else pytest.approx(1 / 31))
