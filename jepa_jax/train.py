@@ -212,6 +212,8 @@ class Loop:
       batch = next(self._batches)
       self.state, metrics, features = self._program.step(self.state, batch)
       self.step += 1
+      if self.step == self._start + 1:  # it has just been compiled
+        command.fill_holes()
       self.meter.add(self.step, metrics)
       self._log.step()
       if (

@@ -298,6 +298,7 @@ def _work(name: str, settings: dict[str, Any], pipe: Any) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
   run = globals()[name](settings)
   value = run()
+  command.fill_holes()  # as training does
   faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   clean = 0
   for _ in range(30):  # until the allocator holds what a run takes

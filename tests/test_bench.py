@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -317,3 +318,54 @@ def test_the_comparison_runs_rounds_with_page_faults_again(
   report = json.loads(capsys.readouterr().out)
   assert (report["counted"], len(report["rounds"])) == (counted, ran)
   assert report["ratio"] == (1.0 if counted else pytest.approx(1 / 31))
+
+
+_HOLES = """
+import ctypes, os, re, sys, tempfile
+from jepa_jax import command
+
+libc = ctypes.PyDLL(None)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+libc.free.argtypes = libc.fclose.argtypes = [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+
+def holes():
+  with tempfile.TemporaryFile() as file:
+    stream = libc.fdopen(os.dup(file.fileno()), b"w")
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    file.seek(0)
+    found = re.findall(
+      r'<size from="(\\d+)" to="\\d+" total="\\d+" count="(\\d+)"',
+      file.read().decode(),
+    )
+  return sum(int(count) for start, count in found if int(start) > 2**13)
+
+pieces = [libc.malloc(size) for size in range(2**14, 2**19, 256) for _ in "ab"]
+for piece in pieces[::2]:  # their neighbours keep them apart
+  libc.free(piece)
+before = holes()
+command.fill_holes()
+print(before, holes())
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="tunes the heap of glibc"
+)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_holes_in_the_tuned_heap_are_filled(tuned):
+  settings = "glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1" if tuned else ""
+  done = subprocess.run(
+    [sys.executable, "-c", _HOLES],
+    env=os.environ | {"GLIBC_TUNABLES": settings},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  before, after = map(int, done.stdout.split())
+  if tuned:
+    assert before > 1000
+    assert after < 100
+  else:
+    assert before == after
