@@ -294,18 +294,17 @@ def fill_holes() -> None:
   if _ONE_HEAP not in os.environ.get("GLIBC_TUNABLES", ""):
     return
   libc = ctypes.PyDLL(None)  # keeps other Python threads out meanwhile
-  libc.malloc.restype = ctypes.c_void_p
-  libc.malloc.argtypes = [ctypes.c_size_t]
-  libc.free.argtypes = [ctypes.c_void_p]
+  libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_size_t]
+  libc.malloc.restype = ctypes.c_size_t
   head = ctypes.sizeof(ctypes.c_size_t)
 
   size = 2**20
   while size > 2**12:
     size = int(size * 0.97) // 16 * 16 + head  # fills a piece to the byte
     row: list[int] = []
-    # Three in a row come from memory that is no hole of this size. The limit
-    # is for other threads, which may take what lies between.
-    for _ in range(10_000):
+    # Three in a row come from memory that is no hole of this size. The limit, a
+    # GiB, is for other threads, which may take what lies between.
+    for _ in range(2**30 // size):
       piece = libc.malloc(size)
       if row and piece != row[-1] + size + head:
         row = []
