@@ -222,8 +222,8 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     node[leaf] = value
   except (KeyError, SyntaxError, TypeError, ValueError):
     raise ValueError(
-      f'--config.{name} is "{text}"; it needs a {type(old).__name__}, such '
-      f"as {old!r}."
+      f'--config.{name} is "{text}"; it needs a value of type '
+      f"{type(old).__name__}, such as {old!r}."
     ) from None
 
 

@@ -347,9 +347,22 @@ def holes():
 pieces = [libc.malloc(size) for size in range(2**14, 2**19, 256) for _ in "ab"]
 for piece in pieces[::2]:  # their neighbours keep them apart
   libc.free(piece)
+large = libc.malloc(2**28)
+libc.malloc(1)  # keeps it apart from what is free at the heap's end
+libc.free(large)
 before = holes()
 command.fill_holes()
-print(before, holes())
+after = holes()
+
+def buffer():
+  piece = libc.malloc(2**27)
+  libc.free(piece)
+  return piece
+
+same = buffer()
+for _ in range(2000):  # these stay
+  libc.malloc(5000)
+print(before, after, int(same == buffer()))
 """
 
 
@@ -366,9 +379,10 @@ def test_holes_in_the_tuned_heap_are_filled(tuned):
     text=True,
     check=True,
   )
-  before, after = map(int, done.stdout.split())
+  before, after, same = map(int, done.stdout.split())
   if tuned:
     assert before > 1000
     assert after < 100
+    assert same  # small things have a piece of their own
   else:
     assert before == after

@@ -77,9 +77,9 @@ def test_overrides_reach_every_type():
   "override, message",
   [
     ("--config.dat.flip=true", "nearest: data.flip"),
-    ("--config.data.flip=maybe", "needs a bool"),
-    ("--config.batch_size=1.5", "needs a int"),
-    ("--config.data.crop_scale=(0.5", "needs a tuple"),
+    ("--config.data.flip=maybe", "needs a value of type bool"),
+    ("--config.batch_size=1.5", "needs a value of type int"),
+    ("--config.data.crop_scale=(0.5", "needs a value of type tuple"),
     ("--config.batch_size", "needs a value"),
   ],
 )

@@ -454,7 +454,7 @@ def run_command(*arguments):
   "arguments, message",
   [
     (["--config.encodr.width=3"], 'unknown config key "encodr.width"; nearest'),
-    (["--config.batch_size=many"], "needs a int, such as 64"),
+    (["--config.batch_size=many"], "needs a value of type int, such as 64"),
     (["--workdri=x"], "nearest: --workdir"),
   ],
 )
