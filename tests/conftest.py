@@ -18,7 +18,15 @@ import pytest
 
 from jepa_jax import config as config_lib
 
+# These take minutes and come first, so that the processes end together.
+LONGEST = ("test_train", "test_distributed", "test_program", "test_models")
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def small_config():

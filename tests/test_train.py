@@ -130,6 +130,7 @@ def test_a_run_leaves_its_log_its_results_and_its_report(run_config, tmp_path):
 
 def test_evaluate_command_reads_a_finished_run(run_config, tmp_path, capsys):
   run_config.evaluations.count = config_lib.evaluation("count")
+  run_config.evaluations.count.features = ("last",)
   train.train_and_evaluate(run_config, tmp_path)
   before = json.loads((tmp_path / "evaluations.json").read_text())
   flags = dict(
