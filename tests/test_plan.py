@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -258,6 +260,21 @@ def test_the_compilers_figures_of_memory(message, needs, has):
   assert estimate.needed_and_available(message) == [needs, has]
 
 
+def test_memory_is_what_is_alive_at_once():
+  held = estimate.held(
+    types.SimpleNamespace(
+      argument_size_in_bytes=20,
+      output_size_in_bytes=19,
+      alias_size_in_bytes=18,
+      temp_size_in_bytes=50,  # more than there is
+      peak_memory_in_bytes=53,
+    )
+  )
+  assert held["total_bytes"] == 53 and held["temporary_bytes"] == 32
+  assert (held["argument_bytes"], held["output_bytes"]) == (20, 19)
+  assert held["donated_bytes"] == 18
+
+
 def test_what_does_not_fit_is_a_row_of_the_table():
   row = {
     "topology": "v5e:2x2",
@@ -354,19 +371,21 @@ def get_config():
 """
 
 
-def run_python(*arguments):
+def run_python(*arguments, **variables):
   return subprocess.run(
     [sys.executable, *arguments],
     capture_output=True,
     text=True,
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables,
   )
 
 
-def run_plan(tmp_path, *flags):
+def run_plan(tmp_path, *flags, **variables):
   experiment = tmp_path / "small.py"
   experiment.write_text(EXPERIMENT)
-  return run_python("-m", "jepa_jax.plan", "--config", str(experiment), *flags)
+  return run_python(
+    "-m", "jepa_jax.plan", "--config", str(experiment), *flags, **variables
+  )
 
 
 @pytest.mark.tpu
@@ -375,9 +394,22 @@ def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
   tmp_path, attention
 ):
   flag = f"--config.compute.attention={attention}"
-  done = run_plan(tmp_path, "--topology", "v5e:2x2", "--json", flag)
+  dump = f"--xla_dump_to={tmp_path} --xla_dump_hlo_module_re=jit_step"
+  options = "--topology", "v5e:2x2", "--json", flag
+  done = run_plan(tmp_path, *options, XLA_FLAGS=dump)
   assert done.returncode == 0, done.stderr
   (row,) = json.loads(done.stdout)
+  # What the compiler itself reports, of this step and of the shallow ones: main
+  # memory, where gaps between buffers count, and the chip's own.
+  main, own = (
+    [
+      int(re.search(rf"{space} .*\nTotal bytes: (\d+)", path.read_text())[1])
+      for path in tmp_path.glob("*memory-usage-report.txt")
+    ]
+    for space in ("default", "vmem")
+  )
+  assert len(main) == 4
+  assert 0.9 * max(main) < row["total_bytes"] < max(main) + max(own)
   # At the least, the state is read once.
   assert row["argument_bytes"] < row["memory_bytes"] < row["bytes_accessed"]
   assert row["fits"] and row["chips"] == 4 and row["note"] == estimate.NOTE
