@@ -387,10 +387,12 @@ def parse_flags() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = flags.add_subparsers(dest="what", required=True)
-  for what, rounds, steps in (("encode", 9, 1), ("step", 3, 10)):
+  for what, rounds in (("encode", 9), ("step", 30)):
     sub = commands.add_parser(what)
     sub.add_argument("--rounds", type=int, default=rounds)
-    sub.add_argument("--steps", type=int, default=steps, help="a round")
+    # Turns of one: a machine that others share is faster or slower for half a
+    # minute at a time, and longer turns would not meet that alike.
+    sub.add_argument("--steps", type=int, default=1, help="a turn")
     sub.add_argument(
       "--pause", type=float, default=0.5, help="seconds before each turn"
     )
