@@ -304,6 +304,8 @@ def test_turns_alternate_and_give_medians():
 def test_the_comparison_runs_rounds_with_page_faults_again(
   faulty, counted, ran, monkeypatch, capsys
 ):
+  order = []
+
   class Side:
     value, turns = 1.0, 0
 
@@ -311,6 +313,7 @@ def test_the_comparison_runs_rounds_with_page_faults_again(
       self.ours = name.startswith("jax")
 
     def run(self, count):
+      order.append(self.ours)
       faults = 30.0 if self.ours and self.turns in faulty else 0.0
       self.turns += 1
       return {"seconds": 1.0 + faults, "minor_faults": faults}
@@ -321,6 +324,7 @@ def test_the_comparison_runs_rounds_with_page_faults_again(
   assert speed.main(speed.parse_flags().parse_args(flags)) == 0
   report = json.loads(capsys.readouterr().out)
   assert (report["counted"], len(report["rounds"])) == (counted, ran)
+  assert order == ([True, False, False, True] * ran)[: 2 * ran]
   assert report["ratio"] == (1.0 if counted else pytest.approx(1 / 31))
 
 
