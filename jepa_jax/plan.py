@@ -18,7 +18,7 @@ import ml_collections
 import tqdm
 
 from jepa_jax import command
-from jepa_jax.training import estimate
+from jepa_jax.planning import estimate
 
 _GIB = 2**30
 

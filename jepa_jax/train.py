@@ -240,7 +240,8 @@ class Meter:
     import jax
 
     from jepa_jax.evaluation import collapse
-    from jepa_jax.training import chips, flops
+    from jepa_jax.models import flops
+    from jepa_jax.planning import chips
 
     self._config = program.config
     self._batches = batches

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from jepa_jax.objectives import blocks, masks
+from jepa_jax import masks
+from jepa_jax.masks import rectangles
 
 LEVEL = 1e-3  # probability that a right sampler fails a file
 OVERSAMPLING = 10
@@ -77,7 +78,7 @@ def _compare_grid(
     "context_patches": math.prod(grid),  # all: nothing is cut
   }
   context, target = _draw(config, grid, OVERSAMPLING * n)
-  shapes = blocks.enumerate_shapes(
+  shapes = rectangles.enumerate_shapes(
     tuple(config["target_scale"]),
     tuple(config["aspect_ratio"]),
     grid,

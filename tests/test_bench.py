@@ -21,8 +21,8 @@ from jepa_jax import bench, command
 from jepa_jax import config as config_lib
 from jepa_jax.bench import __main__ as bench_main
 from jepa_jax.bench import data, loop, masks, pil, step
+from jepa_jax.models import flops
 from jepa_jax.objectives import ijepa
-from jepa_jax.training import flops
 
 
 @pytest.fixture

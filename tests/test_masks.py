@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from jepa_jax.data import masks as tf_masks
-from jepa_jax.objectives import blocks, masks, words
+from jepa_jax import masks
+from jepa_jax.data import tf_masks
+from jepa_jax.masks import counter_rng, rectangles
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden/multiblock_statistics.json"
@@ -245,7 +246,7 @@ def test_the_statistics_tell_another_sampler_apart():
 def test_released_shapes_follow_from_one_uniform_number():
   # u = 0: area floor(.15 * 256) = 38, aspect .75: round(sqrt(28.5)) = 5 by
   # round(sqrt(50.7)) = 7. u = 1: area 51, aspect 1.5: 9 x 6.
-  shapes = blocks.enumerate_shapes(
+  shapes = rectangles.enumerate_shapes(
     (0.15, 0.2), (0.75, 1.5), (16, 16), released=True
   )
   ends = shapes.table[[0, -1]]
@@ -367,7 +368,7 @@ def test_corrected_reaches_last_row_and_column_like_the_first():
 
 def test_corrected_scale_and_aspect_ratio_are_independent():
   def correlation(released):
-    shapes = blocks.enumerate_shapes(
+    shapes = rectangles.enumerate_shapes(
       (0.1, 0.3), (0.5, 2.0), (64, 64), released=released
     )
     area = shapes.areas[shapes.table].astype(float)
@@ -498,10 +499,10 @@ def test_what_cannot_be_says_so(settings, grid, words_of_it):
 
 
 def test_words_are_uniform_and_uncorrelated():
-  key = words.fold(
-    np, words.stream_key(0, 1), np.arange(20000, dtype=np.uint32)
+  key = counter_rng.fold(
+    np, counter_rng.stream_key(0, 1), np.arange(20000, dtype=np.uint32)
   )
-  drawn = words.draw(np, key, 5) / 2.0**32
+  drawn = counter_rng.draw(np, key, 5) / 2.0**32
   assert abs(drawn.mean() - 0.5) < 5 * math.sqrt(1 / 12 / drawn.size)
   table = np.histogram(drawn, 64, (0, 1))[0]
   assert ((table - drawn.size / 64) ** 2).sum() / (drawn.size / 64) < 130
@@ -513,7 +514,7 @@ def test_words_are_uniform_and_uncorrelated():
 
 def test_streams_of_a_seed_differ():
   keys = {
-    int(words.stream_key(seed, stream)[0])
+    int(counter_rng.stream_key(seed, stream)[0])
     for seed in (0, 1, 2**32, 2**63)
     for stream in (1, 2, 3, 4)
   }
@@ -522,8 +523,10 @@ def test_streams_of_a_seed_differ():
 
 @pytest.mark.parametrize("n", [1, 2, 35, 256])
 def test_permutations_hold_every_number_once(n):
-  key = words.fold(np, words.stream_key(0, 1), np.arange(999, dtype=np.uint32))
-  orders = words.permutation(np, key, n)
+  key = counter_rng.fold(
+    np, counter_rng.stream_key(0, 1), np.arange(999, dtype=np.uint32)
+  )
+  orders = counter_rng.permutation(np, key, n)
   np.testing.assert_array_equal(
     np.sort(orders), np.broadcast_to(np.arange(n), (999, n))
   )

@@ -13,7 +13,7 @@ import pytest
 
 from jepa_jax import config as config_lib
 from jepa_jax import plan
-from jepa_jax.training import chips, estimate, hlo
+from jepa_jax.planning import chips, estimate, hlo
 
 # As compilers write it: a loop of five rounds that gathers [8, 6] in bfloat16
 # twice (once spread over two fusions), scatters a gradient while it adds it
@@ -437,7 +437,7 @@ def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
 def test_the_compiler_knows_every_topology_that_search_may_try():
   code = """
 import json
-from jepa_jax.training import estimate
+from jepa_jax.planning import estimate
 print(json.dumps({
   f"{family}:{shape}": len(estimate.devices_of(f"{family}:{shape}"))
   for family, shapes in estimate.TOPOLOGIES.items() for shape in shapes
@@ -468,7 +468,7 @@ def test_programs_that_only_libtpu_can_read_are_planned(tmp_path):
 KERNELS = """
 import jax, jax.numpy as jnp
 from jepa_jax.models import attention
-from jepa_jax.training import estimate
+from jepa_jax.planning import estimate
 
 for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
   place = jax.sharding.SingleDeviceSharding(estimate.devices_of(topology)[0])
@@ -512,7 +512,8 @@ def test_the_attention_kernel_compiles_for_every_generation():
 
 MESH = """
 from jepa_jax import config as config_lib
-from jepa_jax.training import estimate, sharding
+from jepa_jax.planning import estimate
+from jepa_jax.training import sharding
 
 axes = config_lib.defaults().mesh
 axes.fsdp = 8

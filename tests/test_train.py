@@ -13,8 +13,10 @@ import pytest
 
 from jepa_jax import command, evaluate, train
 from jepa_jax import config as config_lib
+from jepa_jax.models import flops
 from jepa_jax.objectives import ijepa
-from jepa_jax.training import checkpoints, chips, flops, log, sharding
+from jepa_jax.planning import chips
+from jepa_jax.training import checkpoints, log, sharding
 from jepa_jax.training import program as program_lib
 
 

@@ -217,10 +217,10 @@ def _decode_turn(
   """Times the pipeline's first crops, decoded and nothing else."""
   import tensorflow as tf
 
-  from jepa_jax.data import augment, decode, pipeline
+  from jepa_jax.data import augment, decode, order
 
   positions = np.arange(batches * config.batch_size)
-  epoch, index = pipeline.order(positions, len(files), config.seed)
+  epoch, index = order.permuted(positions, len(files), config.seed)
   encoded = [pathlib.Path(files[i]).read_bytes() for i in index]
   headers = [decode.read_header(x) for x in encoded]
   crops = augment.random_crops(

@@ -35,8 +35,8 @@ def measure(
   import tensorflow as tf
 
   from jepa_jax import config as config_lib
-  from jepa_jax.data import masks as tf_masks
-  from jepa_jax.objectives import masks as masks_lib
+  from jepa_jax import masks as masks_lib
+  from jepa_jax.data import tf_masks
 
   names = samplers or list(masks_lib.SAMPLERS)
   turns: dict[tuple[str, tuple[int, int]], Callable[[], float]] = {}

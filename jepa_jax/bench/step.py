@@ -25,14 +25,15 @@ def measure(
     profile: folder for a trace of `steps` more steps; "" for none.
 
   Returns:
-    One row. "model_flops_per_step" is what training.flops says the step needs
+    One row. "model_flops_per_step" is what models.flops says the step needs
     at least; "utilisation" its share of the peak, that is of the best speed of
     square matrix products in the config's type on the same devices.
   """
   import jax
 
-  from jepa_jax.training import flops, sharding
+  from jepa_jax.models import flops
   from jepa_jax.training import program as program_lib
+  from jepa_jax.training import sharding
 
   config = with_epoch(config)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))

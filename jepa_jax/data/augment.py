@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.objectives import words
+from jepa_jax.masks import counter_rng
 
 _CROP_TRIES = 10
 # EXIF orientation -> (transpose, then flip rows, then flip columns).
@@ -70,10 +70,10 @@ def random_crops(
   """
   turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
   height, width = _displayed(sizes, turns)
-  key = words.stream_key(seed, words.AUGMENT)
+  key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
   for value in (epoch, index):
-    key = words.fold(np, key, value.astype(np.uint32))
-  u = words.draw(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
+    key = counter_rng.fold(np, key, value.astype(np.uint32))
+  u = counter_rng.draw(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
   scale, ratio, top, left = np.split(u[:, :-1], 4, axis=1)
 
   low, high = config.crop_scale
@@ -166,10 +166,10 @@ def random_colors(
 
   Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
   """
-  key = words.stream_key(seed, words.AUGMENT)
+  key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
   for value in (epoch, index, np.ones(1)):  # 1: not the words of the crop
-    key = words.fold(np, key, value.astype(np.uint32))
-  u = words.draw(np, key, 8) / 2.0**32
+    key = counter_rng.fold(np, key, value.astype(np.uint32))
+  u = counter_rng.draw(np, key, 8) / 2.0**32
   strength = config.color_jitter
   factor = np.maximum(1 + 0.8 * strength * (2 * u[:, :3] - 1), 0)
   hue = min(0.2 * strength, 0.5) * (2 * u[:, 3:4] - 1)

@@ -1,8 +1,8 @@
 """The input pipeline: a step's number in, its batch out.
 
 Every batch is a pure function of (config, step): the order of images is a
-keyed permutation of record numbers, crops and masks come from counter-based
-words. So hosts agree without talking, and resuming at step s costs one seek.
+keyed permutation of record numbers, crops and masks come from a counter-based
+generator. So hosts agree without talking, and resuming costs one seek.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.data import augment, decode, sources
-from jepa_jax.data import masks as tf_masks
-from jepa_jax.objectives import masks, words
+from jepa_jax import masks, models
+from jepa_jax.data import augment, decode, order, sources, tf_masks
 
-_ROUNDS = 6  # of the permutation's Feistel network
 _plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
 _CONSUMED = ("encoded", "box", "turn", "record", "color")  # by decoding
 
@@ -69,74 +67,6 @@ class Unreadable:
       )
 
 
-def order(
-  positions: np.ndarray, num_examples: int, seed: int, part: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-  """The image at each position of a run: a fresh permutation every epoch.
-
-  A Feistel network of keyed hashes permutes the smallest power of four that
-  holds all images; numbers past the end are permuted again until they fall
-  inside. Nothing is stored, and no position depends on another.
-
-  Args:
-    positions: int [B], step * batch size + place in the batch, global.
-    num_examples: images of an epoch, less than 2**32.
-    seed: the run's seed.
-    part: of a mixture; each has orders of its own.
-
-  Returns:
-    epoch and image number, int64 [B] each.
-
-  Reference: Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
-  """
-  epoch, value = np.divmod(np.asarray(positions, np.int64), num_examples)
-  half = max(1, ((num_examples - 1).bit_length() + 1) // 2)
-  key = words.stream_key(seed, words.ORDER)
-  key = words.fold(np, key, np.asarray([part], np.uint32))
-  keys = [
-    words.fold(np, words.fold(np, key, epoch.astype(np.uint32)), round_)
-    for round_ in np.arange(_ROUNDS, dtype=np.uint32)[:, None]
-  ]
-  outside = np.ones(value.shape, bool)
-  while outside.any():
-    left = (value[outside] >> half).astype(np.uint32)
-    right = (value[outside] & (2**half - 1)).astype(np.uint32)
-    for key in keys:
-      mixed = words.fold(np, key[outside], right) & np.uint32(2**half - 1)
-      left, right = right, left ^ mixed
-    value[outside] = (left.astype(np.int64) << half) | right
-    outside = value >= num_examples
-  return epoch, value
-
-
-def _order(
-  source: sources.Source, positions: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """As `order`, for a source that may be a mixture.
-
-  Every SLOTS positions of a mixture hold each part's share of images, in a
-  shuffled order. How many of a part came before is arithmetic over whole blocks
-  and counting within one.
-  """
-  if not isinstance(source, sources.Mixture):
-    return order(positions, len(source), seed)
-  block, place = np.divmod(positions, source.SLOTS)
-  epoch, index = np.empty_like(block), np.empty_like(block)
-  for number in np.unique(block):
-    here = np.flatnonzero(block == number)
-    places = number * source.SLOTS + np.arange(source.SLOTS)
-    slots = order(places, source.SLOTS, seed)[1]
-    for i, part in enumerate(source.parts):
-      low, high = source.slots[i : i + 2]
-      members = (low <= slots) & (slots < high)
-      mine = here[members[place[here]]]
-      before = np.cumsum(members)[place[mine]] - 1
-      nth = number * (high - low) + before
-      epoch[mine], index[mine] = order(nth, len(part), seed, i + 1)
-      index[mine] += source.starts[i]
-  return epoch, index
-
-
 def num_examples(config: Any, split: str | None = None) -> int:
   """Images of an epoch of config.data (or of another split of it)."""
   return len(sources.open_source(config, split))
@@ -179,7 +109,9 @@ def train_dataset(
       " processes; set batch_size to a multiple"
     )
   share = config.batch_size // process_count
-  grid = patch_grid(data.image_size, config.encoder.patch_size)
+  grid = models.patch_grid(
+    data.image_size, data.image_size, config.encoder.patch_size
+  )
   masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   source = sources.open_source(data)
   if unreadable is None:
@@ -187,7 +119,7 @@ def train_dataset(
   places = process_index * share + np.arange(share)
 
   def plan(step):
-    epoch, index = _order(
+    epoch, index = order.of_source(
       source, step * config.batch_size + places, config.seed
     )
     encoded, sizes, orientations = _headers(source.images(source.read(index)))
@@ -446,23 +378,6 @@ def _mended(
     return tf.gather(image, tf.ensure_shape(rows, readable.shape))
 
   return tf.cond(tf.reduce_all(readable), lambda: image, replace)
-
-
-def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
-  """(H, W) in patches of a square image.
-
-  Raises:
-    ValueError: the image size is not a multiple of the patch size.
-  """
-  if image_size % patch_size:
-    divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
-    near = sorted(sorted(divisors, key=lambda p: abs(p - patch_size))[:2])
-    raise ValueError(
-      f"image size {image_size} is not a multiple of patch size"
-      f" {patch_size}; nearest patch sizes that divide it:"
-      f" {', '.join(map(str, near))}"
-    )
-  return image_size // patch_size, image_size // patch_size
 
 
 def _strings(values: list[bytes]) -> np.ndarray:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jepa_jax import models, objectives
+from jepa_jax import masks, models, objectives
 from jepa_jax.models import cpu
-from jepa_jax.objectives import masks
 
 # The released code normalises targets with PyTorch's default epsilon.
 _TARGET_NORM_EPSILON = 1e-5

@@ -4,8 +4,9 @@
                  index=jnp.arange(8))
 
 `samplers` has the samplers, each written once over an array namespace `xp`:
-NumPy, `jax.numpy`, or the TensorFlow one of `jepa_jax.data.masks`. The three
-give the same masks for the same seed, bit for bit (see `words` and `blocks`).
+NumPy, `jax.numpy`, or the TensorFlow one of `jepa_jax.data.tf_masks`. The three
+give the same masks for the same seed, bit for bit (see `counter_rng` and
+`rectangles`).
 
 An image's masks are a function of (seed, epoch, image). Only what the released
 code draws once a batch is a function of (seed, step) instead.
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.objectives import samplers, words
+from jepa_jax.masks import counter_rng, samplers
 
 Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 SAMPLERS = samplers.SAMPLERS
@@ -98,7 +99,7 @@ def sample(
       as if every image were a batch of its own.
     epoch: [B] or scalar integer, the epoch of each image.
     index: [B] integer, the number of each image in its source.
-    xp: array namespace: `jax.numpy`, `numpy` or that of `data.masks`.
+    xp: array namespace: `jax.numpy`, `numpy` or that of `data.tf_masks`.
 
   Returns:
     context_ids int32 [B, S, K] ascending, 0 where not valid;
@@ -141,9 +142,13 @@ def _draw(
     xp.reshape(xp.astype(xp.asarray(x), np.uint32), (-1,))
     for x in (index, epoch, step)
   )
-  batch_key = words.fold(xp, words.stream_key(seed, words.MASK_BATCH), step)
-  image_key = words.fold(xp, words.stream_key(seed, words.MASK_IMAGE), epoch)
-  image_key = words.fold(xp, image_key, index)
+  batch_key = counter_rng.fold(
+    xp, counter_rng.stream_key(seed, counter_rng.MASK_BATCH), step
+  )
+  image_key = counter_rng.fold(
+    xp, counter_rng.stream_key(seed, counter_rng.MASK_IMAGE), epoch
+  )
+  image_key = counter_rng.fold(xp, image_key, index)
   draw = SAMPLERS[settings.name].draw(settings, xp, batch_key, image_key)
   return draw, image_key
 
@@ -162,9 +167,9 @@ def _bring_to(
   if order is not None:
     member = member & (order < size)
   elif surplus == "random" and size < n:
-    key = words.fold(xp, key, np.asarray([2**16 + use], np.uint32))
-    random = xp.reshape(words.draw(xp, key, sets * n), (-1, sets, n))
-    rank = xp.where(member, words.ranks(xp, random), np.int32(-1))
+    key = counter_rng.fold(xp, key, np.asarray([2**16 + use], np.uint32))
+    random = xp.reshape(counter_rng.draw(xp, key, sets * n), (-1, sets, n))
+    rank = xp.where(member, counter_rng.ranks(xp, random), np.int32(-1))
     member = member & (rank >= _kth_largest(xp, rank, size))
   count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
   valid = np.arange(size, dtype=np.int32) < count

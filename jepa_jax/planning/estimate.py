@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from jepa_jax.training import chips, flops, hlo, sharding
+from jepa_jax.models import flops
+from jepa_jax.planning import chips, hlo
 from jepa_jax.training import program as program_lib
+from jepa_jax.training import sharding
 
 NOTE = "compiler estimate, not measured"
 
@@ -244,7 +246,7 @@ def bound(
   Args:
     parts: see costs.
     link_bytes: that a device receives.
-    chip: see training.chips.
+    chip: see planning.chips.
 
   Returns:
     (seconds, "compute", "memory" or "links").
@@ -297,7 +299,7 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
   if chip is None or chip.hbm_bytes is None:
     raise ValueError(
       f"nothing is known of the chip {devices[0].device_kind} of {topology}; "
-      "add it to training/chips.py."
+      "add it to planning/chips.py."
     )
   mesh = sharding.make_mesh(config.mesh, devices)
   row: Row = {

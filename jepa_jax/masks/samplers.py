@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.objectives import blocks, words
+from jepa_jax.masks import counter_rng, rectangles
 
 Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 
@@ -44,7 +44,9 @@ class Settings:
     """Fewest patches of a legal context, for all samplers but `released`."""
     return max(self.min_keep, 1)
 
-  def shapes(self, *, released: bool) -> tuple[blocks.Shapes, blocks.Shapes]:
+  def shapes(
+    self, *, released: bool
+  ) -> tuple[rectangles.Shapes, rectangles.Shapes]:
     """Shapes of the context and of the targets.
 
     A context is square, or in proportion to the grid if not `released`, so that
@@ -53,7 +55,7 @@ class Settings:
     height, width = self.grid
     square = 1.0 if released else height / width
     enumerate_shapes = functools.partial(
-      blocks.enumerate_shapes, grid=self.grid, released=released
+      rectangles.enumerate_shapes, grid=self.grid, released=released
     )
     return (
       enumerate_shapes(self.context_scale, (square, square)),
@@ -124,26 +126,26 @@ def _draw_released(
   """
   m, s = settings.num_targets, settings.num_contexts
   context, target = settings.shapes(released=True)
-  batch = words.draw(xp, batch_key, 2)  # [1, 2]
-  random = words.draw(xp, image_key, 2 * (m + s))
+  batch = counter_rng.draw(xp, batch_key, 2)  # [1, 2]
+  random = counter_rng.draw(xp, image_key, 2 * (m + s))
   rows, columns = random[:, : m + s], random[:, m + s :]
-  targets = blocks.place(
+  targets = rectangles.place(
     xp,
     target,
-    blocks.pick_shapes(xp, batch[:, :1], target),
+    rectangles.pick_shapes(xp, batch[:, :1], target),
     rows[:, :m],
     columns[:, :m],
   )
-  contexts = blocks.place(
+  contexts = rectangles.place(
     xp,
     context,
-    blocks.pick_shapes(xp, batch[:, 1:], context),
+    rectangles.pick_shapes(xp, batch[:, 1:], context),
     rows[:, m:],
     columns[:, m:],
   )
-  allowed = blocks.cover(xp, contexts)
+  allowed = rectangles.cover(xp, contexts)
   if not settings.allow_overlap:
-    outside = blocks.uncovered(xp, targets)
+    outside = rectangles.uncovered(xp, targets)
     allowed = allowed & outside[-1][:, None]
     failed = xp.sum(allowed, axis=(2, 3), dtype=np.int32) <= settings.min_keep
 
@@ -153,14 +155,14 @@ def _draw_released(
 
     allowed = cond(xp, xp.any(failed), redraw, lambda: allowed)
   context = xp.reshape(allowed, (-1, s, math.prod(settings.grid)))
-  return Draw(context, blocks.patch_ids(xp, targets))
+  return Draw(context, rectangles.patch_ids(xp, targets))
 
 
 def _redraw_released(
   settings: Settings,
   xp: Any,
   image_key: Array,
-  contexts: blocks.Blocks,
+  contexts: rectangles.Rectangles,
   outside: list[Array],
 ) -> Array:
   """Contexts [B, S, H, W] after a first attempt that failed.
@@ -170,11 +172,15 @@ def _redraw_released(
   """
   m, s = settings.num_targets, settings.num_contexts
   tries = _RELEASED_TRIES * m
-  key = words.fold(xp, image_key, np.asarray([1], np.uint32))
-  random = xp.reshape(words.draw(xp, key, 2 * s * tries), (-1, 2, s, tries))
+  key = counter_rng.fold(xp, image_key, np.asarray([1], np.uint32))
+  random = xp.reshape(
+    counter_rng.draw(xp, key, 2 * s * tries), (-1, 2, s, tries)
+  )
   shape = contexts.shape[..., None]
-  again = blocks.place(xp, contexts.shapes, shape, random[:, 0], random[:, 1])
-  rows, columns = blocks.extents(xp, again)  # [B, S, tries, H or W]
+  again = rectangles.place(
+    xp, contexts.shapes, shape, random[:, 0], random[:, 1]
+  )
+  rows, columns = rectangles.extents(xp, again)  # [B, S, tries, H or W]
   # Attempt 0 was the caller's: attempt i, at index i - 1, ignores the last
   # i // 20 targets.
   number = np.arange(1, tries + 1, dtype=np.int32)
@@ -235,12 +241,12 @@ def _draw_corrected(
   """
   del batch_key
   context, targets = _multi_block(settings, xp, image_key)
-  return Draw(context, blocks.patch_ids(xp, targets))
+  return Draw(context, rectangles.patch_ids(xp, targets))
 
 
 def _multi_block(
   settings: Settings, xp: Any, image_key: Array
-) -> tuple[Array, blocks.Blocks]:
+) -> tuple[Array, rectangles.Rectangles]:
   """Contexts, bool [B, S, N], and targets [B, M] of `corrected`.
 
   A draw that leaves a context fewer than min_keep patches is repeated as a
@@ -250,7 +256,7 @@ def _multi_block(
   """
   _, target = settings.shapes(released=False)
   number = np.arange(_CORRECTED_ROUNDS, dtype=np.uint32)[:, None]
-  key = words.fold(xp, image_key, number)  # [rounds, B]
+  key = counter_rng.fold(xp, image_key, number)  # [rounds, B]
   first, legal = _attempt_corrected(settings, xp, key[0])
 
   def choose(keep, new, old):
@@ -264,7 +270,9 @@ def _multi_block(
     rounds = lambda x: xp.reshape(x, (_CORRECTED_ROUNDS - 1, -1, *x.shape[1:]))
     more, also_legal = [rounds(x) for x in more], rounds(also_legal)
     copies = [xp.broadcast_to(x[:, :1], x.shape) for x in first[:3]]
-    free = blocks.uncovered(xp, blocks.Blocks(target, *copies))[0][:, None]
+    free = rectangles.uncovered(xp, rectangles.Rectangles(target, *copies))[0][
+      :, None
+    ]
     result = (*copies, xp.broadcast_to(free, first[3].shape))
     for i in reversed(range(_CORRECTED_ROUNDS - 1)):
       result = choose(also_legal[i], [x[i] for x in more], result)
@@ -272,7 +280,7 @@ def _multi_block(
 
   *placed, allowed = cond(xp, xp.all(legal), lambda: first, repeat)
   shape = (-1, settings.num_contexts, math.prod(settings.grid))
-  return xp.reshape(allowed, shape), blocks.Blocks(target, *placed)
+  return xp.reshape(allowed, shape), rectangles.Rectangles(target, *placed)
 
 
 def _attempt_corrected(
@@ -284,23 +292,23 @@ def _attempt_corrected(
     (shape, top, left, contexts bool [B, S, H, W]); and whether the contexts
     are large enough, bool [B].
   """
-  random = words.draw(
+  random = counter_rng.draw(
     xp, key, 3 * (settings.num_contexts + settings.num_targets)
   )
   context, target = settings.shapes(released=False)
 
   def draw(shapes, random):
     n = random.shape[1] // 3
-    shape = blocks.pick_shapes(xp, random[:, :n], shapes)
-    return blocks.place(
+    shape = rectangles.pick_shapes(xp, random[:, :n], shapes)
+    return rectangles.place(
       xp, shapes, shape, random[:, n : 2 * n], random[:, 2 * n :]
     )
 
   targets = draw(target, random[:, : 3 * settings.num_targets])
   contexts = draw(context, random[:, 3 * settings.num_targets :])
-  allowed = blocks.cover(xp, contexts)
+  allowed = rectangles.cover(xp, contexts)
   if not settings.allow_overlap:
-    allowed = allowed & blocks.uncovered(xp, targets)[-1][:, None]
+    allowed = allowed & rectangles.uncovered(xp, targets)[-1][:, None]
   count = xp.sum(allowed, axis=(2, 3), dtype=np.int32)
   legal = xp.all(count >= settings.keep, axis=1)
   return (targets.shape, targets.top, targets.left, allowed), legal
@@ -320,7 +328,7 @@ def _draw_union(
   """As `corrected`, with the union of all blocks as the one target."""
   del batch_key
   context, targets = _multi_block(settings, xp, image_key)
-  union = ~blocks.uncovered(xp, targets)[-1]
+  union = ~rectangles.uncovered(xp, targets)[-1]
   return Draw(context, xp.reshape(union, (-1, 1, math.prod(settings.grid))))
 
 
@@ -363,10 +371,12 @@ def _draw_random(
   del batch_key
   m, n = settings.num_targets, math.prod(settings.grid)
   table = _random_sizes(settings)
-  word = words.draw(xp, image_key, m)
+  word = counter_rng.draw(xp, image_key, m)
   bits = xp.astype(xp.right_shift(word, np.uint32(16)), np.int32)
   sizes = xp.take(table, bits, axis=0)  # [B, M]
-  rank = words.permutation(xp, words.fold(xp, image_key, np.uint32([1])), n)
+  rank = counter_rng.permutation(
+    xp, counter_rng.fold(xp, image_key, np.uint32([1])), n
+  )
   # In the order of their ranks, targets start at every max-th patch.
   start = np.arange(m, dtype=np.int32)[:, None] * table.max()
   ranks, end = rank[:, None], start + sizes[..., None]
@@ -413,7 +423,9 @@ def _draw_rasterized(
 ) -> Draw:
   """One quadrant of the image as context, the other three as targets."""
   del batch_key
-  chosen = words.below(xp, words.draw(xp, image_key, 1), np.asarray([4]))
+  chosen = counter_rng.below(
+    xp, counter_rng.draw(xp, image_key, 1), np.asarray([4])
+  )
   number = (chosen + np.arange(4, dtype=np.int32)) & 3  # [B, 4]
   quadrants = xp.take(_quadrants(settings), number, axis=0)
   return Draw(quadrants[:, :1], quadrants[:, 1:])

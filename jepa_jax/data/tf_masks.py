@@ -1,4 +1,4 @@
-"""The mask samplers of `jepa_jax.objectives.masks`, in TensorFlow.
+"""The mask samplers of `jepa_jax.masks`, in TensorFlow.
 
 `TensorFlow` spells the few array functions that the samplers use; the samplers
 themselves are the same lines that NumPy and JAX run, and give the same masks.
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.objectives import masks
+from jepa_jax import masks
 
 
 class TensorFlow:
@@ -68,7 +68,7 @@ def sample(
   epoch: tf.Tensor,
   index: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
-  """As `objectives.masks.sample`; index needs a static shape [B]."""
+  """As `masks.sample`; index needs a static shape [B]."""
   return masks.sample(
     config,
     grid,

@@ -1,11 +1,11 @@
 """Rectangular blocks on the grid of patches: shapes, places, patch ids.
 
 Written over an array namespace `xp` (NumPy, `jax.numpy`, or the TensorFlow one
-of `jepa_jax.data.masks`). The random part is integer arithmetic: a block's
+of `jepa_jax.data.tf_masks`). The random part is integer arithmetic: a block's
 shape comes from a table made once in float64, its corner from a product of
 integers. So all namespaces place the same blocks.
 
-Axes as in `jepa_jax.objectives.masks`.
+Axes as in `jepa_jax.masks`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_jax.objectives import words
+from jepa_jax.masks import counter_rng
 
 Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 
@@ -101,8 +101,8 @@ def enumerate_shapes(
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Blocks on a grid: numbers of their shapes, and corners.
+class Rectangles:
+  """Rectangles on a grid: numbers of their shapes, and corners.
 
   Attributes:
     shapes: what `shape` counts.
@@ -123,19 +123,19 @@ def pick_shapes(xp: Any, word: Array, shapes: Shapes) -> Array:
 
 def place(
   xp: Any, shapes: Shapes, shape: Array, row: Array, column: Array
-) -> Blocks:
+) -> Rectangles:
   """Places blocks of the given shapes; row and column are random words."""
   rows = xp.take(shapes.rooms[:, 0], shape, axis=0)
   columns = xp.take(shapes.rooms[:, 1], shape, axis=0)
-  return Blocks(
+  return Rectangles(
     shapes,
     shape,
-    words.below(xp, row, rows),
-    words.below(xp, column, columns),
+    counter_rng.below(xp, row, rows),
+    counter_rng.below(xp, column, columns),
   )
 
 
-def extents(xp: Any, blocks: Blocks) -> tuple[Array, Array]:
+def extents(xp: Any, blocks: Rectangles) -> tuple[Array, Array]:
   """Rows, bool [..., H], and columns, bool [..., W], that each block covers."""
   covered = []
   for start, sizes, length in (
@@ -150,13 +150,13 @@ def extents(xp: Any, blocks: Blocks) -> tuple[Array, Array]:
   return covered[0], covered[1]
 
 
-def cover(xp: Any, blocks: Blocks) -> Array:
+def cover(xp: Any, blocks: Rectangles) -> Array:
   """Patches that each block covers, bool [..., H, W]."""
   rows, columns = extents(xp, blocks)
   return rows[..., :, None] & columns[..., None, :]
 
 
-def uncovered(xp: Any, blocks: Blocks) -> list[Array]:
+def uncovered(xp: Any, blocks: Rectangles) -> list[Array]:
   """Patches outside the first 1, 2, ... M blocks: [B, M] -> M x [B, H, W]."""
   rows, columns = extents(xp, blocks)
   outside, results = None, []
@@ -167,7 +167,7 @@ def uncovered(xp: Any, blocks: Blocks) -> list[Array]:
   return results
 
 
-def patch_ids(xp: Any, blocks: Blocks) -> tuple[Array, Array]:
+def patch_ids(xp: Any, blocks: Rectangles) -> tuple[Array, Array]:
   """Ids, int32 row-major, and validity of blocks' patches: [B, M] -> [B, M, T].
 
   Ids past a block's area are 0.
