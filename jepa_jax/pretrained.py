@@ -345,10 +345,23 @@ def _features(module, preprocessing, layers, pool, params, images):
 @functools.cache
 def _encoder() -> Any:
   """_features, jitted with what suits the default backend."""
-  options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+  options = _known(_CPU_OPTIONS) if jax.default_backend() == "cpu" else None
   return jax.jit(
     _features, static_argnums=(0, 1, 2, 3), compiler_options=options
   )
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+  """Those of some compiler options that this version of XLA has."""
+
+  def has(name: str) -> bool:
+    try:
+      jax.jit(lambda: 0, compiler_options={name: options[name]})()
+    except jax.errors.JaxRuntimeError:
+      return False
+    return True
+
+  return {name: options[name] for name in options if has(name)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,17 +1,12 @@
-"""Shared parts of the tests: the reference data and a small config."""
+"""Shared parts of the tests: paths, a small config, quick compilation."""
 
 import os
 import pathlib
-
-# Tests compile many small programs and run each a few times: XLA's optimizer
-# would take far longer than it saves. Before JAX starts.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-)
+import subprocess
+import sys
 
 # The numbers that tests compare with are a CPU's, and of the processes that
-# run tests at once one alone could open a TPU.
+# run tests at once one alone could open a TPU. Before JAX is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
@@ -21,7 +16,41 @@ from jepa_jax import config as config_lib
 # These take minutes and come first, so that the processes end together.
 LONGEST = ("test_train", "test_distributed", "test_program", "test_models")
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests/data"
+EXPERIMENTS = ROOT / "experiments"
+# What makes XLA's CPU compiler quick.
+_QUICK = (
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_use_fusion_emitters=false",
+)
+
+
+def compile_quickly() -> None:
+  """Makes compilation quick, of this process and its children.
+
+  Tests compile many small programs and run each a few times: XLA's optimizer
+  would take far longer than it saves. XLA ends a process whose XLA_FLAGS hold
+  a flag that it does not know, and flags come and go with its versions; so a
+  process that may end is asked first. To be called before JAX's first use;
+  nothing is done where XLA_FLAGS are set.
+  """
+  if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = " ".join(filter(known_to_xla, _QUICK))
+
+
+def known_to_xla(flag: str) -> bool:
+  """Whether this version of XLA accepts a flag in XLA_FLAGS."""
+  done = subprocess.run(
+    [sys.executable, "-c", "import jax; jax.devices()"],
+    env=os.environ | {"XLA_FLAGS": flag},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  return done.returncode == 0
+
+
+compile_quickly()
 
 
 def pytest_collection_modifyitems(items):

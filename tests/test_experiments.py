@@ -1,14 +1,14 @@
 """Every experiment, and the command line's way to load it."""
 
 import json
-import pathlib
 
+import conftest
 import pytest
 
 from jepa_jax import command, objectives
 from jepa_jax import config as config_lib
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "experiments"
+FOLDER = conftest.EXPERIMENTS
 EXPERIMENTS = ["quickstart", "ijepa_fashion_mnist"]
 EXPERIMENTS += [
   f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")

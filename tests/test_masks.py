@@ -1,8 +1,7 @@
-import functools
 import json
 import math
-import pathlib
 
+import conftest
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -16,8 +15,7 @@ from jepa_jax import masks
 from jepa_jax.data import tf_masks
 from jepa_jax.masks import counter_rng, rectangles
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared"
-GOLDEN = SHARED / "golden/multiblock_statistics.json"
+REFERENCE = conftest.DATA / "multiblock_statistics.json"
 # What a sampler needs beside the defaults, to have a legal mask on small grids.
 SAMPLERS = {
   "released": {"min_keep": 2},
@@ -142,9 +140,7 @@ def check_agreement(settings, grid, count, *, seed, step, epoch, first):
   options = {"seed": seed, "step": step, "epoch": epoch}
   expected = draw(settings, grid, count, first=first, **options)
 
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )
+  @jax.jit
   def in_jax(step, epoch, index):
     return masks.sample(
       settings, grid, seed=seed, step=step, epoch=epoch, index=index
@@ -225,17 +221,13 @@ def test_released_draws_shapes_once_a_batch_and_corrected_every_block():
 
 
 def test_released_has_the_statistics_of_the_released_code():
-  if not GOLDEN.exists():
-    pytest.skip(f"{GOLDEN} is not here")
-  rows = mask_statistics.compare(json.loads(GOLDEN.read_text()))
+  rows = mask_statistics.compare(json.loads(REFERENCE.read_text()))
   assert len(rows) == 80
   assert not mask_statistics.failures(rows)
 
 
 def test_the_statistics_tell_another_sampler_apart():
-  if not GOLDEN.exists():
-    pytest.skip(f"{GOLDEN} is not here")
-  reference = json.loads(GOLDEN.read_text())
+  reference = json.loads(REFERENCE.read_text())
   reference["grids"] = {"14x14": reference["grids"]["14x14"]}
   rows = mask_statistics.compare(reference, "corrected")
   failed = mask_statistics.failures(rows)

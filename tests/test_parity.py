@@ -5,15 +5,13 @@ here a second time, in PyTorch's own layers, and makes files of that format.
 """
 
 import json
-import os
-import pathlib
 import sys
 
+import conftest
 import numpy as np
 import parity
 import pytest
 
-SHARED = pathlib.Path(__file__).parents[1] / "shared"
 SETTINGS = {
     "img": 20, "patch": 4, "dim": 24, "depth": 2, "heads": 3,
     "predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2,
@@ -33,25 +31,15 @@ VARIANTS = {
     ),
     "deeper, larger patches, past the warm-up": dict(
         img=48, patch=8, depth=4, predictor_depth=3, warmup_epochs=0, batch=2,
+        predictor_mlp_ratio=2.5,
         ema=[0.9, 0.99], adam={"b1": 0.8, "b2": 0.95, "eps": 1e-6},
     ),
 }  # fmt: skip
 
 
-def golden() -> pathlib.Path:
-  """The reference file, beside the checkout or named by the environment."""
-  name = "golden/ijepa_reference_step.npz"
-  beside = SHARED.parents[1] / "shared"
-  folders = [os.environ.get("JEPA_JAX_SHARED"), SHARED, beside]
-  for folder in filter(None, folders):
-    if (pathlib.Path(folder) / name).is_file():
-      return pathlib.Path(folder) / name
-  pytest.skip(f"no {name}; set JEPA_JAX_SHARED to the folder that has it")
-
-
 @pytest.fixture(scope="module")
 def reference():
-  return dict(np.load(golden()))
+  return dict(np.load(conftest.DATA / "ijepa_reference_step.npz"))
 
 
 @pytest.fixture(scope="module")
@@ -131,26 +119,26 @@ def networks(meta):
       return self.proj(y.transpose(1, 2).flatten(2))
 
   class Mlp(nn.Module):
-    def __init__(self, d):
+    def __init__(self, d, ratio):
       super().__init__()
-      hidden = int(d * meta["mlp_ratio"])
+      hidden = int(d * ratio)
       self.fc1, self.fc2 = nn.Linear(d, hidden), nn.Linear(hidden, d)
 
     def forward(self, x):
       return self.fc2(nn.functional.gelu(self.fc1(x)))
 
   class Block(nn.Module):
-    def __init__(self, d, heads):
+    def __init__(self, d, heads, ratio):
       super().__init__()
       self.norm1, self.norm2 = nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)
-      self.attn, self.mlp = Attention(d, heads), Mlp(d)
+      self.attn, self.mlp = Attention(d, heads), Mlp(d, ratio)
 
     def forward(self, x):
       x = x + self.attn(self.norm1(x))
       return x + self.mlp(self.norm2(x))
 
-  def blocks(d, heads, depth):
-    return nn.Sequential(*[Block(d, heads) for _ in range(depth)])
+  def blocks(d, heads, depth, ratio):
+    return nn.Sequential(*[Block(d, heads, ratio) for _ in range(depth)])
 
   def positions(d):
     """Half of the channels for the column, half for the row."""
@@ -173,7 +161,9 @@ def networks(meta):
       super().__init__()
       self.pos_embed = positions(width)
       self.patch_embed = PatchEmbed()
-      self.blocks = blocks(width, meta["heads"], meta["depth"])
+      self.blocks = blocks(
+        width, meta["heads"], meta["depth"], meta["mlp_ratio"]
+      )
       self.norm = nn.LayerNorm(width, eps)
 
     def forward(self, images, masks=None):  # masks: [B, S, K]
@@ -189,7 +179,10 @@ def networks(meta):
       self.predictor_pos_embed = positions(narrow)
       self.predictor_embed = nn.Linear(width, narrow)
       self.predictor_blocks = blocks(
-        narrow, meta["predictor_heads"], meta["predictor_depth"]
+        narrow,
+        meta["predictor_heads"],
+        meta["predictor_depth"],
+        meta.get("predictor_mlp_ratio", 4.0),
       )
       self.predictor_norm = nn.LayerNorm(narrow, eps)
       self.predictor_proj = nn.Linear(narrow, width)

@@ -1,13 +1,13 @@
 """The arrows between the rooms, and what importing each of them loads."""
 
 import ast
-import pathlib
 import subprocess
 import sys
 
+import conftest
 import pytest
 
-PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jepa_jax"
+PACKAGE = conftest.ROOT / "jepa_jax"
 
 # Room -> rooms of this package that its modules may import.
 MAY_IMPORT = {
