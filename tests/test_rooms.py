@@ -11,10 +11,11 @@ PACKAGE = conftest.ROOT / "jepa_jax"
 
 # Room -> rooms of this package that its modules may import.
 MAY_IMPORT = {
+  "render": {"render"},
   "models": {"models"},
   "masks": {"masks"},
   "objectives": {"models", "masks", "objectives"},
-  "data": {"models", "masks", "data"},
+  "data": {"render", "models", "masks", "data"},
   "training": {"models", "masks", "objectives", "training", "config"},
   "planning": {"models", "objectives", "planning", "training", "config"},
   "evaluation": {"models", "objectives", "evaluation"},

@@ -12,18 +12,19 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import gcs_utils
 
-from jepa_jax.data import render, scenes
+from jepa_jax.data import scenes
+from jepa_jax.render import casting, examples, sampling, shading, world
 
-SHAPES = range(len(render.SHAPES))
+SHAPES = range(len(world.SHAPES))
 
 
 def one_object(shape, *, center=(0.4, -0.3, 0.8), material=0, size=1):
   """A scene of one red object, turned by 25 degrees, under a fixed camera."""
-  scene = render.sample_scene(0, "train", 0)
+  scene = sampling.sample_scene(0, "train", 0)
   return dataclasses.replace(
     scene,
     shape=np.array([shape]),
-    color=np.array([list(render.COLORS).index("red")]),
+    color=np.array([list(world.COLORS).index("red")]),
     material=np.array([material]),
     size=np.array([size]),
     rotation=np.array([25.0]),
@@ -33,9 +34,9 @@ def one_object(shape, *, center=(0.4, -0.3, 0.8), material=0, size=1):
 
 def rays_of(scene, grid):
   """[grid, grid, 3] directions with forward part 1, written independently."""
-  steps = (2 * np.arange(grid) + 1 - grid) / grid * render.TANGENT
+  steps = (2 * np.arange(grid) + 1 - grid) / grid * world.TANGENT
   right, down, forward = scene.axes
-  down = down / render.STRETCH
+  down = down / world.STRETCH
   return forward + steps[None, :, None] * right + steps[:, None, None] * down
 
 
@@ -51,14 +52,14 @@ def assert_same(one, other):
 
 
 def test_example_depends_on_seed_split_and_index_alone():
-  first = render.example(3, "train", 5, 40)
+  first = examples.example(3, "train", 5, 40)
   for other in ((4, "train", 5), (3, "test", 5), (3, "train", 6)):
-    assert (render.example(*other, 40)["image"] != first["image"]).any()
-  assert_same(render.example(3, "train", 5, 40), first)
+    assert (examples.example(*other, 40)["image"] != first["image"]).any()
+  assert_same(examples.example(3, "train", 5, 40), first)
 
 
 def test_size_changes_the_resolution_and_not_the_scene():
-  small, large = (render.example(0, "test", 2, size) for size in (32, 96))
+  small, large = (examples.example(0, "test", 2, size) for size in (32, 96))
   assert large["image"].shape == (96, 96, 3)
   shrunk = large["image"].reshape(32, 3, 32, 3, 3).mean((1, 3))
   assert np.abs(shrunk - small["image"]).mean() < 3
@@ -72,18 +73,18 @@ def test_size_changes_the_resolution_and_not_the_scene():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_draws_the_same_bytes(workers):
   job = {"seed": 1, "split": "test", "count": 7, "image_size": 24}
-  drawn = list(render.stream(**job, workers=workers))
+  drawn = list(examples.stream(**job, workers=workers))
   assert len(drawn) == 7
   for index, example in enumerate(drawn):
-    assert_same(render.example(1, "test", index, 24), example)
+    assert_same(examples.example(1, "test", index, 24), example)
 
 
 def test_workers_import_numpy_alone():
   job = json.dumps([0, "train", 0, 1, 1, 24])
   code = (
     "import runpy, sys\n"
-    f"sys.argv = [{render.__file__!r}, {job!r}]\n"
-    f"runpy.run_path({render.__file__!r}, run_name='__main__')\n"
+    f"sys.argv = ['render', {job!r}]\n"
+    "runpy.run_module('jepa_jax.render', run_name='__main__')\n"
     "print(*{m.split('.')[0] for m in sys.modules}, file=sys.stderr)\n"
   )
   done = subprocess.run(
@@ -91,13 +92,13 @@ def test_workers_import_numpy_alone():
   )
   imported = set(done.stderr.decode().split())
   assert "numpy" in imported
-  assert not imported & {"tensorflow", "jax", "flax", "jepa_jax"}
+  assert not imported & {"tensorflow", "jax", "flax"}
 
 
 def test_a_failed_worker_is_reported():
   with pytest.raises(RuntimeError, match="train image 0 of 2"):
     list(
-      render.stream(seed=-1, split="train", count=2, image_size=24, workers=2)
+      examples.stream(seed=-1, split="train", count=2, image_size=24, workers=2)
     )
 
 
@@ -105,10 +106,10 @@ def test_a_failed_worker_is_reported():
 @pytest.mark.parametrize("size", [0, 1])
 def test_rays_end_on_the_surface(shape, size):
   scene = one_object(shape, size=size)
-  depth, owner = render.cast(scene, 101)
+  depth, owner = casting.cast(scene, 101)
   rays = rays_of(scene, 101)
   points = (scene.position + depth[..., None] * rays).transpose(2, 0, 1)
-  normals = render.surface_normals(scene, points.astype(np.float32), owner)
+  normals = casting.surface_normals(scene, points.astype(np.float32), owner)
   hit = owner == 0
   where = (scene.position + depth[..., None] * rays)[hit] - scene.centers[0]
   turn = math.radians(25.0)
@@ -119,12 +120,12 @@ def test_rays_end_on_the_surface(shape, size):
     "cube": np.max(np.abs([x, y, z]), axis=0) - half,
     "sphere": np.sqrt(x**2 + y**2 + z**2) - half,
     "cylinder": np.maximum(np.hypot(x, y), np.abs(z)) - half,
-  }[render.SHAPES[shape]]
+  }[world.SHAPES[shape]]
   np.testing.assert_allclose(outside, 0, atol=2e-4)
   np.testing.assert_allclose(np.linalg.norm(normals, axis=0), 1, atol=1e-5)
   # The near side: the surface faces the camera.
   assert (np.einsum("nc,cn->n", rays[hit], normals[:, hit]) < 0).all()
-  if render.SHAPES[shape] == "sphere":
+  if world.SHAPES[shape] == "sphere":
     np.testing.assert_allclose(normals[:, hit].T, where / half, atol=2e-3)
   # All else is floor.
   floor = (scene.position + depth[..., None] * rays)[~hit]
@@ -134,8 +135,8 @@ def test_rays_end_on_the_surface(shape, size):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_object_is_seen_where_it_projects(shape):
   scene = one_object(shape, center=(1.5, 0.9, 0.7), size=0)
-  owner = render.render(scene, 96)[2]
-  x, y, depth = render.project(scene, scene.centers, 96)[0]
+  owner = shading.render(scene, 96)[2]
+  x, y, depth = world.project(scene, scene.centers, 96)[0]
   rows, columns = np.nonzero(owner == 0)
   assert abs(columns.mean() + 0.5 - x) < 0.6
   assert abs(rows.mean() + 0.5 - y) < 0.6
@@ -144,23 +145,23 @@ def test_an_object_is_seen_where_it_projects(shape):
     (scene.centers[0] - scene.position) @ forward, rel=1e-6
   )
   # Nothing of the object lies outside the window that was searched for it.
-  reach = 96 * 0.35 * math.sqrt(3) / (2 * render.TANGENT * depth)
-  aside = (rows + 0.5 - y) / render.STRETCH
+  reach = 96 * 0.35 * math.sqrt(3) / (2 * world.TANGENT * depth)
+  aside = (rows + 0.5 - y) / world.STRETCH
   assert np.hypot(columns + 0.5 - x, aside).max() < 1.2 * reach
-  if render.SHAPES[shape] == "sphere":
-    area = math.pi * (96 * 0.35 / (2 * render.TANGENT * depth)) ** 2
-    assert abs(len(rows) / (render.STRETCH * area) - 1) < 0.2
+  if world.SHAPES[shape] == "sphere":
+    area = math.pi * (96 * 0.35 / (2 * world.TANGENT * depth)) ** 2
+    assert abs(len(rows) / (world.STRETCH * area) - 1) < 0.2
 
 
 def test_the_camera_stands_upright():
   scene = one_object(1)
-  center, above, right = render.project(
+  center, above, right = world.project(
     scene,
     np.array(
       [
-        render.CAMERA_TARGET,
-        np.add(render.CAMERA_TARGET, [0, 0, 1]),
-        render.CAMERA_TARGET + scene.axes[0],
+        world.CAMERA_TARGET,
+        np.add(world.CAMERA_TARGET, [0, 0, 1]),
+        world.CAMERA_TARGET + scene.axes[0],
       ]
     ),
     80,
@@ -172,8 +173,8 @@ def test_the_camera_stands_upright():
 
 def test_depth_map_gives_the_distance_at_the_centre_of_a_sphere():
   scene = one_object(1, center=(0.0, 0.0, 0.7))
-  depth = render.render(scene, 128)[1]
-  x, y, middle = render.project(scene, scene.centers, 128)[0]
+  depth = shading.render(scene, 128)[1]
+  x, y, middle = world.project(scene, scene.centers, 128)[0]
   # The ray to the centre meets the surface one radius earlier.
   length = np.linalg.norm(scene.centers[0] - scene.position)
   expected = middle * (1 - 0.7 / length)
@@ -185,20 +186,20 @@ def test_an_object_casts_its_shadow_on_the_floor():
   center = np.array([0.0, 0.0, 2.0])
   scene = one_object(1, center=center, size=0)
   away = dataclasses.replace(scene, centers=np.array([[0.0, 0.0, -9.0]]))
-  shaded, lit = (render.render(s, 96)[0].astype(float) for s in (scene, away))
+  shaded, lit = (shading.render(s, 96)[0].astype(float) for s in (scene, away))
   foot = center - scene.key * center[2] / scene.key[2]
   mirrored = foot * [-1, -1, 0]
   for point, low, high in ((foot, 0.3, 0.8), (mirrored, 0.97, 1.01)):
-    x, y, _ = render.project(scene, point[None], 96)[0]
+    x, y, _ = world.project(scene, point[None], 96)[0]
     ratio = shaded[int(y), int(x)] / lit[int(y), int(x)]
     assert low < ratio.mean() < high
 
 
 def test_lit_side_is_brighter_than_the_other():
   scene = one_object(1, center=(0.0, 0.0, 0.7))
-  image, _, owner = render.render(scene, 96)
+  image, _, owner = shading.render(scene, 96)
   key = scene.axes @ scene.key  # right, down, forward
-  x, y, _ = render.project(scene, scene.centers, 96)[0]
+  x, y, _ = world.project(scene, scene.centers, 96)[0]
   rows, columns = np.nonzero(owner == 0)
   side = (columns + 0.5 - x) * key[0] + (rows + 0.5 - y) * key[1]
   brightness = image[rows, columns].mean(axis=1)
@@ -209,24 +210,24 @@ def test_metal_has_a_highlight_and_rubber_has_not():
   whitest = []
   for material in (0, 1):
     scene = one_object(1, material=material)
-    image = render.render(scene, 96)[0]
-    x, y, _ = render.project(scene, scene.centers, 96)[0].astype(int)
+    image = shading.render(scene, 96)[0]
+    x, y, _ = world.project(scene, scene.centers, 96)[0].astype(int)
     # Well within the sphere, green and blue are dim but for a white gleam.
     whitest.append(image[y - 4 : y + 5, x - 4 : x + 5].min(axis=2).max())
   rubber, metal = whitest
   assert rubber < 100 and metal > 180
 
 
-@pytest.mark.parametrize("name", render.COLORS)
+@pytest.mark.parametrize("name", world.COLORS)
 def test_colors_can_be_told_apart(name):
-  colors = list(render.COLORS)
+  colors = list(world.COLORS)
   scene = dataclasses.replace(
     one_object(0), color=np.array([colors.index(name)])
   )
-  image, _, owner = render.render(scene, 64)
+  image, _, owner = shading.render(scene, 64)
   seen = image[owner == 0].astype(float).mean(axis=0)
   seen /= seen.sum()
-  table = np.array(list(render.COLORS.values()), float)
+  table = np.array(list(world.COLORS.values()), float)
   table /= table.sum(axis=1, keepdims=True)
   assert colors[np.abs(table - seen).sum(axis=1).argmin()] == name
 
@@ -235,17 +236,17 @@ def test_scenes_are_legal_and_classes_well_filled():
   counts, distances = np.zeros(8), np.zeros(6)
   num_scenes = 240
   for index in range(num_scenes):
-    scene = render.sample_scene(7, "train", index)
+    scene = sampling.sample_scene(7, "train", index)
     number = len(scene.shape)
-    owner = render.cast(scene, 64)[1]
+    owner = casting.cast(scene, 64)[1]
     visible = np.bincount(owner.ravel() + 1, minlength=number + 1)[1:]
-    assert visible.min() >= render.MIN_VISIBLE
-    pixels = render.project(scene, scene.centers, 64)
+    assert visible.min() >= sampling.MIN_VISIBLE
+    pixels = world.project(scene, scene.centers, 64)
     assert (pixels[:, :2] > 0).all() and (pixels[:, :2] < 64).all()
     offset = scene.centers[:, None, :2] - scene.centers[None, :, :2]
     radius = np.array([0.35, 0.7])[scene.size]
     gap = np.linalg.norm(offset, axis=2) - radius[:, None] - radius
-    assert (gap + 9 * np.eye(number)).min() > render.MIN_GAP - 1e-9
+    assert (gap + 9 * np.eye(number)).min() > sampling.MIN_GAP - 1e-9
     # On the floor, neither above nor below it.
     np.testing.assert_allclose(scene.centers[:, 2], scene.half_widths)
     counts[number - 3] += 1
@@ -314,7 +315,7 @@ def test_prepared_data_are_the_drawn_ones(tmp_path, monkeypatch):
       name = stored["file_name"].decode()
       index = int(name.removesuffix(".png").rpartition("_")[2])
       seen.add(index)
-      drawn = render.example(2, split, index, 40)
+      drawn = examples.example(2, split, index, 40)
       assert name == drawn["file_name"]
       np.testing.assert_array_equal(stored["image"], drawn["image"])
       np.testing.assert_array_equal(stored["depth"], drawn["depth"])
@@ -323,7 +324,7 @@ def test_prepared_data_are_the_drawn_ones(tmp_path, monkeypatch):
       assert label["distance"] == np.digitize(
         nearest, scenes.DISTANCE_EDGES, right=True
       )
-      depth = render.render(render.sample_scene(2, split, index), 40)[1]
+      depth = shading.render(sampling.sample_scene(2, split, index), 40)[1]
       assert label["depth"].shape == (40, 40, 1)
       np.testing.assert_allclose(
         label["depth"][..., 0], np.minimum(depth, 32), atol=5e-4
@@ -335,7 +336,7 @@ def test_prepared_data_are_the_drawn_ones(tmp_path, monkeypatch):
         np.testing.assert_array_equal(stored["objects"][key], values)
     assert seen == set(range(number))
   # The second call draws nothing.
-  monkeypatch.setattr(render, "stream", forbid)
+  monkeypatch.setattr(examples, "stream", forbid)
   again = scenes.prepare(tmp_path, **sizes)
   assert again.info.splits["train"].num_examples == 9
 
@@ -347,8 +348,8 @@ def test_what_was_cut_short_is_drawn_anew(tmp_path, monkeypatch):
     yield from stream(count=count // 2, **job)
     raise KeyboardInterrupt
 
-  stream = render.stream
-  monkeypatch.setattr(render, "stream", cut_short)
+  stream = examples.stream
+  monkeypatch.setattr(examples, "stream", cut_short)
   with pytest.raises(KeyboardInterrupt):
     scenes.prepare(tmp_path, **sizes)
   assert not list(tmp_path.rglob("*.tfrecord*"))
@@ -359,14 +360,14 @@ def test_what_was_cut_short_is_drawn_anew(tmp_path, monkeypatch):
 
 def test_another_process_may_be_first(tmp_path, monkeypatch):
   sizes = {"image_size": 24, "num_train": 2, "num_test": 1}
-  stream = render.stream
+  stream = examples.stream
 
   def overtaken(**job):
-    monkeypatch.setattr(render, "stream", stream)
+    monkeypatch.setattr(examples, "stream", stream)
     scenes.prepare(tmp_path, **sizes)
     yield from stream(**job)
 
-  monkeypatch.setattr(render, "stream", overtaken)
+  monkeypatch.setattr(examples, "stream", overtaken)
   builder = scenes.prepare(tmp_path, **sizes)
   assert len(list(builder.as_dataset(split="train"))) == 2
   assert not list(tmp_path.rglob("*incomplete*"))

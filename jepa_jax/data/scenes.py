@@ -8,7 +8,7 @@ the real CLEVR and this one alike.
     dataset = builder.as_dataset(split="train")
     dataset = dataset.map(lambda e: (e["image"], scenes.count(e)))
 
-`render` draws; this file stores what it draws as TFRecords through TFDS.
+`jepa_jax.render` draws; this file stores the images as TFRecords by TFDS.
 """
 
 import collections.abc
@@ -19,7 +19,7 @@ import typing
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from jepa_jax.data import render
+from jepa_jax.render import examples, world
 
 NUM_TRAIN, NUM_TEST = 8000, 2000
 # VTAB's bins of the nearest object's depth, in CLEVR's world units.
@@ -38,7 +38,7 @@ def count(example: dict) -> tf.Tensor:
 
   Reference: Zhai et al. 2019, table 2 and appendix A, arXiv:1910.04867.
   """
-  return tf.shape(example["objects"]["shape"])[0] - render.MIN_OBJECTS
+  return tf.shape(example["objects"]["shape"])[0] - world.MIN_OBJECTS
 
 
 def distance(example: dict) -> tf.Tensor:
@@ -67,7 +67,7 @@ def depth(example: dict) -> tf.Tensor:
     float32 [H, W, 1], depth along the optical axis in world units, as in
     `pixel_coords[2]`; 32 stands for 32 and beyond.
   """
-  return tf.cast(example["depth"], tf.float32) * render.DEPTH_UNIT
+  return tf.cast(example["depth"], tf.float32) * examples.DEPTH_UNIT
 
 
 # Each takes one un-batched example. `depth` is a map, so it has no classes.
@@ -77,7 +77,7 @@ LABELS: dict[str, collections.abc.Callable[[dict], tf.Tensor]] = {
   "depth": depth,
 }
 NUM_CLASSES = {
-  "count": render.MAX_OBJECTS - render.MIN_OBJECTS + 1,
+  "count": world.MAX_OBJECTS - world.MIN_OBJECTS + 1,
   "distance": len(DISTANCE_EDGES) + 1,
 }
 
@@ -143,7 +143,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
           "image": tfds.features.Image(
             shape=(size, size, 3), encoding_format="png"
           ),
-          # In units of `render.DEPTH_UNIT`: a 16-bit PNG is a quarter of
+          # In units of `examples.DEPTH_UNIT`: a 16-bit PNG is a quarter of
           # the size of raw floats.
           "depth": tfds.features.Image(
             shape=(size, size, 1), dtype=tf.uint16, encoding_format="png"
@@ -151,10 +151,10 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
           "file_name": tfds.features.Text(),
           "objects": tfds.features.Sequence(
             {
-              "color": label(names=list(render.COLORS)),
-              "material": label(names=list(render.MATERIALS)),
-              "shape": label(names=list(render.SHAPES)),
-              "size": label(names=list(render.SIZES)),
+              "color": label(names=list(world.COLORS)),
+              "material": label(names=list(world.MATERIALS)),
+              "shape": label(names=list(world.SHAPES)),
+              "size": label(names=list(world.SIZES)),
               "rotation": tfds.features.Scalar(tf.float32),
               "3d_coords": tfds.features.Tensor(shape=(3,), dtype=tf.float32),
               "pixel_coords": tfds.features.Tensor(
@@ -178,14 +178,14 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     config = self.builder_config
     # More than 8 would wait for this process, which encodes and writes.
     workers = min(os.cpu_count() or 1, 8)
-    examples = render.stream(
+    drawn = examples.stream(
       seed=config.seed,
       split=split,
       count=num_examples,
       image_size=config.image_size,
       workers=workers,
     )
-    yield from enumerate(examples)
+    yield from enumerate(drawn)
 
 
 def prepare(
