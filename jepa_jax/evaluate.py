@@ -365,4 +365,4 @@ if __name__ == "__main__":
     action="store_true",
     help="evaluate nothing, write the page from what is there",
   )
-  command.run(main, flags)
+  command.run(main, flags, tune_allocator=True)

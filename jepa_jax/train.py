@@ -212,8 +212,6 @@ class Loop:
       batch = next(self._batches)
       self.state, metrics, features = self._program.step(self.state, batch)
       self.step += 1
-      if self.step == self._start + 1:  # it has just been compiled
-        command.fill_holes()
       self.meter.add(self.step, metrics)
       self._log.step()
       if (
@@ -401,4 +399,4 @@ if __name__ == "__main__":
     metavar="STEP",
     help="save and stop at this step (exit code 75); 0: the end",
   )
-  command.run(main, flags)
+  command.run(main, flags, tune_allocator=True)

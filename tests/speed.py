@@ -298,7 +298,6 @@ def _work(name: str, settings: dict[str, Any], pipe: Any) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
   run = globals()[name](settings)
   value = run()
-  command.fill_holes()  # as training does
   faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   clean = 0
   for _ in range(30):  # until the allocator holds what a run takes
@@ -421,7 +420,5 @@ def parse_flags() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-  if "encode" in sys.argv:
-    # As a library's user has it: no allocator settings, on neither side.
-    os.environ.setdefault("GLIBC_TUNABLES", "")
-  command.run(main, parse_flags())
+  # A library's user of "encode" has no allocator settings, nor has either side.
+  command.run(main, parse_flags(), tune_allocator="encode" not in sys.argv)

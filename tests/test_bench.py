@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -165,12 +164,9 @@ def test_step_gives_the_row_and_a_trace(config, tmp_path):
   json.dumps(row)
 
 
-def test_loop_is_timed_beside_its_bare_steps(config, monkeypatch):
+def test_loop_is_timed_beside_its_bare_steps(config):
   config.encoder.depth, config.predictor.depth = 2, 1
-  fills = []
-  monkeypatch.setattr(command, "fill_holes", lambda: fills.append(1))
   (row,) = loop.measure(config.lock(), rounds=1)
-  assert len(fills) == 1  # not once a call: what it takes stays taken
   assert row["steps"] == 2 and row["rows_written"] == 1
   assert row["loop_share"] == pytest.approx(
     row["loop_images_per_second"] / row["bare_images_per_second"]
@@ -260,7 +256,6 @@ def test_flops_agree_with_the_compiler():
 )
 def test_wrong_flags_end_in_one_line(monkeypatch, capsys, flags, message):
   monkeypatch.setattr(sys, "argv", ["bench", *flags.split()])
-  monkeypatch.setattr(command, "tune_cpu", lambda: None)
   before = os.sched_getaffinity(0)
   with pytest.raises(SystemExit) as exit_:
     command.run(bench_main.main, bench_main.parser(flags.split()[0]))
@@ -326,68 +321,3 @@ def test_the_comparison_runs_rounds_with_page_faults_again(
   assert (report["counted"], len(report["rounds"])) == (counted, ran)
   assert order == ([True, False, False, True] * ran)[: 2 * ran]
   assert report["ratio"] == (1.0 if counted else pytest.approx(1 / 31))
-
-
-_HOLES = """
-import ctypes, os, re, sys, tempfile
-from jepa_jax import command
-
-libc = ctypes.PyDLL(None)
-libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
-libc.free.argtypes = libc.fclose.argtypes = [ctypes.c_void_p]
-libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
-
-def holes():
-  with tempfile.TemporaryFile() as file:
-    stream = libc.fdopen(os.dup(file.fileno()), b"w")
-    libc.malloc_info(0, stream)
-    libc.fclose(stream)
-    file.seek(0)
-    found = re.findall(
-      r'<size from="(\\d+)" to="\\d+" total="\\d+" count="(\\d+)"',
-      file.read().decode(),
-    )
-  return sum(int(count) for start, count in found if int(start) > 2**13)
-
-pieces = [libc.malloc(size) for size in range(2**14, 2**19, 256) for _ in "ab"]
-for piece in pieces[::2]:  # their neighbours keep them apart
-  libc.free(piece)
-large = libc.malloc(2**28)
-libc.malloc(1)  # keeps it apart from what is free at the heap's end
-libc.free(large)
-before = holes()
-command.fill_holes()
-after = holes()
-
-def buffer():
-  piece = libc.malloc(2**27)
-  libc.free(piece)
-  return piece
-
-same = buffer()
-for _ in range(2000):  # these stay
-  libc.malloc(5000)
-print(before, after, int(same == buffer()))
-"""
-
-
-@pytest.mark.skipif(
-  platform.libc_ver()[0] != "glibc", reason="tunes the heap of glibc"
-)
-@pytest.mark.parametrize("tuned", [True, False])
-def test_holes_in_the_tuned_heap_are_filled(tuned):
-  settings = "glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1" if tuned else ""
-  done = subprocess.run(
-    [sys.executable, "-c", _HOLES],
-    env=os.environ | {"GLIBC_TUNABLES": settings},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  before, after, same = map(int, done.stdout.split())
-  if tuned:
-    assert before > 1000
-    assert after < 100
-    assert same  # small things have a piece of their own
-  else:
-    assert before == after

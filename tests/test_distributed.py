@@ -383,7 +383,6 @@ def test_flags_that_do_not_fit_are_named(
   flags, message, monkeypatch, capsys, tmp_path
 ):
   monkeypatch.setattr(sys, "argv", ["train", *flags.split()])
-  monkeypatch.setenv("GLIBC_TUNABLES", "")  # no restart
   parser = train.argparse.ArgumentParser()
   distributed.add_flags(parser)
   with pytest.raises(SystemExit) as stopped:

@@ -168,4 +168,5 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-  command.run(main, parser(next((a for a in sys.argv[1:] if a[:1] != "-"), "")))
+  chosen = next((a for a in sys.argv[1:] if a[:1] != "-"), "")
+  command.run(main, parser(chosen), tune_allocator=True)

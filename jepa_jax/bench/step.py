@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_jax import bench, command
+from jepa_jax import bench
 
 _EPOCH = 1_281_167  # images, where a config counts epochs of unknown size
 
@@ -50,7 +50,6 @@ def measure(
 
   peak = _MatrixPeak(program.mesh, config.compute.dtype)
   state = run(state)  # warm
-  command.fill_holes()
   seconds, faults = [], 0
   for _ in range(rounds):
     peak.measure()
