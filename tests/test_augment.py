@@ -50,7 +50,7 @@ def test_exif_rotation_is_undone(orientation, encoding):
     np.asarray([[header.height, header.width]]),
     np.asarray([header.orientation]),
   )
-  got = test_decode.cut(data, chosen.boxes[0], chosen.turns[0])
+  got = test_decode.cut(data, chosen.boxes[0], chosen.flips[0])
   width, height = upright.size
   side = min(width, height)
   top, left = (height - side) // 2, (width - side) // 2
@@ -72,7 +72,7 @@ def test_random_boxes_are_those_of_the_image_as_displayed(orientation):
   upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
   expected = upright.crop((left, top, left + width, top + height))
   expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
-  got = test_decode.cut(data, chosen.boxes[0], chosen.turns[0])
+  got = test_decode.cut(data, chosen.boxes[0], chosen.flips[0])
   assert np.abs(got.astype(int) - expected).mean() < 1.5
 
 
@@ -130,9 +130,9 @@ def test_flip_mirrors_half_of_the_images_and_keeps_the_boxes():
   sizes = np.tile([[50, 60]], (4000, 1))
   plain, flipped = crops(config(), sizes), crops(config(flip=True), sizes)
   np.testing.assert_array_equal(plain.boxes, flipped.boxes)
-  assert not plain.turns.any()
-  assert not flipped.turns[:, :2].any()
-  assert abs(flipped.turns[:, 2].mean() - 0.5) < 5 * math.sqrt(0.25 / 4000)
+  assert not plain.flips.any()
+  assert not flipped.flips[:, :2].any()
+  assert abs(flipped.flips[:, 2].mean() - 0.5) < 5 * math.sqrt(0.25 / 4000)
   data = test_decode.encode()
   mirrored = test_decode.cut(data, turn=(0, 0, 1))
   np.testing.assert_array_equal(mirrored, test_decode.cut(data)[:, ::-1])

@@ -491,10 +491,10 @@ def test_what_cannot_be_says_so(settings, grid, words_of_it):
 
 
 def test_words_are_uniform_and_uncorrelated():
-  key = counter_rng.fold(
+  key = counter_rng.fold_in(
     np, counter_rng.stream_key(0, 1), np.arange(20000, dtype=np.uint32)
   )
-  drawn = counter_rng.draw(np, key, 5) / 2.0**32
+  drawn = counter_rng.random_bits(np, key, 5) / 2.0**32
   assert abs(drawn.mean() - 0.5) < 5 * math.sqrt(1 / 12 / drawn.size)
   table = np.histogram(drawn, 64, (0, 1))[0]
   assert ((table - drawn.size / 64) ** 2).sum() / (drawn.size / 64) < 130
@@ -515,7 +515,7 @@ def test_streams_of_a_seed_differ():
 
 @pytest.mark.parametrize("n", [1, 2, 35, 256])
 def test_permutations_hold_every_number_once(n):
-  key = counter_rng.fold(
+  key = counter_rng.fold_in(
     np, counter_rng.stream_key(0, 1), np.arange(999, dtype=np.uint32)
   )
   orders = counter_rng.permutation(np, key, n)

@@ -1,7 +1,7 @@
-"""What is cut from an image, and how its colours change.
+"""Random crops, flips and colours.
 
-All random choices are made in NumPy, for a whole batch at a time, from words
-that are a function of (seed, epoch, image); only applying them is TensorFlow.
+All random choices are made in NumPy, for a whole batch at a time, as a function
+of (seed, epoch, image); only applying them is TensorFlow.
 """
 
 import dataclasses
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from jepa_jax.data import decode
 from jepa_jax.masks import counter_rng
 
-_CROP_TRIES = 10
+_CROP_ATTEMPTS = 10
 # EXIF orientation -> (transpose, then flip rows, then flip columns).
-_TURNS = {
+_FLIPS = {
   1: (0, 0, 0),
   2: (0, 0, 1),
   3: (0, 1, 1),
@@ -26,20 +27,19 @@ _TURNS = {
 }
 _JITTER_SHARE, _GREY_SHARE = 0.8, 0.2  # of the images, with colour jitter on
 _BLUR_SIGMA = (0.1, 2.0)  # pixels, at an image size of 224
-_GREY = np.asarray([[0.299], [0.587], [0.114]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-  """What to cut from each image of a batch, and how to turn it.
+  """The crop of each image of a batch, and how to flip it.
 
   Attributes:
     boxes: int32 [B, 4]; top, left, height, width in *stored* pixels.
-    turns: bool [B, 3]; transpose, then flip rows, then flip columns.
+    flips: bool [B, 3]; transpose, then flip rows, then flip columns.
   """
 
   boxes: np.ndarray
-  turns: np.ndarray
+  flips: np.ndarray
 
 
 def random_crops(
@@ -54,8 +54,8 @@ def random_crops(
   """Random resized crops, and flips where config.flip says so.
 
   A crop's share of the area is uniform in crop_scale, its aspect ratio (width
-  over height) log-uniform in crop_ratio. The first of ten tries that fits in
-  the image counts; failing all, the largest central crop of a legal ratio.
+  over height) log-uniform in crop_ratio. The first of ten draws that fits in
+  the image counts; if none fits, the largest central crop of a legal ratio.
 
   Args:
     config: config.data.
@@ -68,12 +68,14 @@ def random_crops(
   Reference: Szegedy et al. 2014, section 6, arXiv:1409.4842, as torchvision's
     RandomResizedCrop does it.
   """
-  turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
-  height, width = _displayed(sizes, turns)
+  flips = np.asarray([_FLIPS[int(x)] for x in orientations], bool)
+  height, width = _displayed(sizes, flips)
   key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
   for value in (epoch, index):
-    key = counter_rng.fold(np, key, value.astype(np.uint32))
-  u = counter_rng.draw(np, key, 4 * _CROP_TRIES + 1) / 2.0**32  # [B, 41]
+    key = counter_rng.fold_in(np, key, value.astype(np.uint32))
+  u = (
+    counter_rng.random_bits(np, key, 4 * _CROP_ATTEMPTS + 1) / 2.0**32
+  )  # [B, 41]
   scale, ratio, top, left = np.split(u[:, :-1], 4, axis=1)
 
   low, high = config.crop_scale
@@ -85,8 +87,8 @@ def random_crops(
   fits = (0 < w) & (w <= width[:, None]) & (0 < h) & (h <= height[:, None])
   top = np.floor(top * (height[:, None] - h + 1)).astype(np.int64)
   left = np.floor(left * (width[:, None] - w + 1)).astype(np.int64)
-  tries = np.stack([top, left, h, w], -1)  # [B, 10, 4]
-  chosen = tries[np.arange(len(tries)), fits.argmax(1)]
+  boxes = np.stack([top, left, h, w], -1)  # [B, 10, 4]
+  chosen = boxes[np.arange(len(boxes)), fits.argmax(1)]
   box = np.where(
     fits.any(1)[:, None],
     chosen,
@@ -96,25 +98,25 @@ def random_crops(
     mirrored = u[:, -1] < 0.5
   else:
     mirrored = np.zeros(len(u), bool)
-  # A mirrored crop is the mirror image of the box: choose it in the image as
-  # displayed, then mirror what was cut.
-  box = _stored(box, height, width, turns)
-  turns = turns ^ np.stack([0 * mirrored, 0 * mirrored, mirrored], -1) > 0
-  return Crops(box, turns)
+  # The box is chosen in the image as displayed; the crop is mirrored after it.
+  box = _stored(box, height, width, flips)
+  flips = flips ^ np.stack([0 * mirrored, 0 * mirrored, mirrored], -1) > 0
+  return Crops(box, flips)
 
 
 def central_crops(sizes: np.ndarray, orientations: np.ndarray) -> Crops:
   """The largest central square of each image; arguments as `random_crops`."""
-  turns = np.asarray([_TURNS[int(x)] for x in orientations], bool)
-  height, width = _displayed(sizes, turns)
+  flips = np.asarray([_FLIPS[int(x)] for x in orientations], bool)
+  height, width = _displayed(sizes, flips)
   box = _central_box(height, width, 1.0, 1.0)
-  return Crops(_stored(box, height, width, turns), turns)
+  return Crops(_stored(box, height, width, flips), flips)
 
 
 def _displayed(
-  sizes: np.ndarray, turns: np.ndarray
+  sizes: np.ndarray, flips: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  sizes = np.where(turns[:, :1], sizes[:, ::-1], sizes).astype(np.int64)
+  """Heights and widths of the images as displayed, int64 [B] each."""
+  sizes = np.where(flips[:, :1], sizes[:, ::-1], sizes).astype(np.int64)
   return sizes[:, 0], sizes[:, 1]
 
 
@@ -129,14 +131,14 @@ def _central_box(
 
 
 def _stored(
-  box: np.ndarray, height: np.ndarray, width: np.ndarray, turns: np.ndarray
+  box: np.ndarray, height: np.ndarray, width: np.ndarray, flips: np.ndarray
 ) -> np.ndarray:
   """Boxes of the displayed image in coordinates of the stored one."""
   top, left, h, w = box.T
-  top = np.where(turns[:, 1], height - top - h, top)
-  left = np.where(turns[:, 2], width - left - w, left)
+  top = np.where(flips[:, 1], height - top - h, top)
+  left = np.where(flips[:, 2], width - left - w, left)
   box = np.stack([top, left, h, w], -1)
-  box = np.where(turns[:, :1], box[:, [1, 0, 3, 2]], box)
+  box = np.where(flips[:, :1], box[:, [1, 0, 3, 2]], box)
   return box.astype(np.int32)
 
 
@@ -148,7 +150,7 @@ def distorts(config: Any) -> bool:
 def random_colors(
   config: Any, *, seed: int, epoch: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
-  """Draws what `distort` needs, for a batch of images.
+  """Random parameters of `distort` for a batch of images.
 
   With colour jitter of strength s, 80 % of the images change brightness,
   contrast and saturation by factors uniform in 1 +- .8 s (not below 0), and hue
@@ -161,15 +163,15 @@ def random_colors(
     epoch: [B].
     index: [B] number of each image in its source.
 
-  Returns:
+  Reflips:
     float32 [B, 6]: brightness, contrast, saturation, hue, grey, sigma.
 
   Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
   """
   key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
-  for value in (epoch, index, np.ones(1)):  # 1: not the words of the crop
-    key = counter_rng.fold(np, key, value.astype(np.uint32))
-  u = counter_rng.draw(np, key, 8) / 2.0**32
+  for value in (epoch, index, np.ones(1)):  # 1: not the crop's random bits
+    key = counter_rng.fold_in(np, key, value.astype(np.uint32))
+  u = counter_rng.random_bits(np, key, 8) / 2.0**32
   strength = config.color_jitter
   factor = np.maximum(1 + 0.8 * strength * (2 * u[:, :3] - 1), 0)
   hue = min(0.2 * strength, 0.5) * (2 * u[:, 3:4] - 1)
@@ -191,7 +193,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
     color: float32 [6], as `random_colors` gives it.
     config: config.data.
 
-  Returns:
+  Reflips:
     As image.
   """
   if config.color_jitter:
@@ -209,7 +211,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
 
 
 def _grey(image: tf.Tensor) -> tf.Tensor:
-  return tf.linalg.matmul(image, _GREY) if image.shape[-1] == 3 else image
+  return decode.to_grey(image) if image.shape[-1] == 3 else image
 
 
 def _blur(image: tf.Tensor, sigma: tf.Tensor, image_size: int) -> tf.Tensor:

@@ -162,7 +162,7 @@ def _exif_orientation(tiff: bytes) -> int:
 def decode_crop(
   encoded: tf.Tensor,
   box: tf.Tensor,
-  turn: tf.Tensor,
+  flips: tf.Tensor,
   *,
   image_size: int,
   channels: int,
@@ -177,31 +177,31 @@ def decode_crop(
   Args:
     encoded: scalar string.
     box: int32 [4]; top, left, height, width in stored pixels.
-    turn: bool [3]; as `augment.Crops.turns`.
+    flips: bool [3]; as `augment.Crops.flips`.
     image_size: side of the result, pixels.
     channels: 1 or 3.
-    encoding: "jpeg" or "png" where known, None to look.
+    encoding: "jpeg" or "png" where known, None to detect it.
     distort: maps the crop, float32 on a scale of 0 to 255, before rounding.
 
   Returns:
     uint8 [image_size, image_size, channels].
   """
 
-  # Not every format converts colour to grey, so what is unknown is decoded in
-  # colour and made grey in the end.
+  # Not every decoder converts colour to grey: images of an unknown format are
+  # decoded in colour and converted after resizing.
   decoded = channels if encoding else 3
 
   def jpeg():
     return tf.image.decode_and_crop_jpeg(encoded, box, channels=decoded)
 
   def png():
-    return _cut(tf.image.decode_png(encoded, channels=decoded), box)
+    return _crop(tf.image.decode_png(encoded, channels=decoded), box)
 
   def other():
     image = tf.io.decode_image(
       encoded, channels=decoded, expand_animations=False
     )
-    return _cut(image, box)
+    return _crop(image, box)
 
   if encoding == "jpeg":
     image = jpeg()
@@ -211,20 +211,27 @@ def decode_crop(
     image = tf.cond(tf.image.is_jpeg(encoded), jpeg, other)
   image = _resize(image, image_size)
   if decoded > channels:
-    image = tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
+    image = to_grey(image)
   if distort is not None:
     image = tf.clip_by_value(distort(image), 0, 255)
   image = tf.cast(image + 0.5, tf.uint8)  # rounds: nothing here is negative
   image = tf.ensure_shape(image, (image_size, image_size, channels))
-  return tf.cond(tf.reduce_any(turn), lambda: _turn(image, turn), lambda: image)
+  return tf.cond(
+    tf.reduce_any(flips), lambda: _flip(image, flips), lambda: image
+  )
+
+
+def to_grey(image: tf.Tensor) -> tf.Tensor:
+  """Luma of a colour image: float32 [H, W, 3] -> [H, W, 1]."""
+  return tf.linalg.matmul(image, tf.constant(_LUMA)[:, None])
 
 
 def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
   """uint8 [H, W, C] -> float32 [size, size, C], without aliasing.
 
-  Differs: what shrinks in both directions is averaged over areas, four times
-    as fast as the released code's way (PIL's bilinear, a triangle that widens
-    with the scale), which is kept where a direction grows.
+  Differs: an image that shrinks in both directions is averaged over areas, four
+    times as fast as the released code's filter (PIL's bilinear, a triangle that
+    widens with the scale), which serves where one direction grows.
   """
   shape = tf.shape(image)[:2]
   target = tf.constant([size, size])
@@ -246,7 +253,7 @@ def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
   return tf.ensure_shape(resized, (size, size, image.shape[-1]))
 
 
-def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+def _crop(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
   zero = tf.zeros([1], tf.int32)
   full = tf.shape(image)[2:]
   return tf.slice(
@@ -254,8 +261,8 @@ def _cut(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
   )
 
 
-def _turn(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
-  """Transposes and flips a square image as `augment.Crops.turns` says."""
-  image = tf.where(turn[0], tf.transpose(image, (1, 0, 2)), image)
-  image = tf.where(turn[1], image[::-1], image)
-  return tf.where(turn[2], image[:, ::-1], image)
+def _flip(image: tf.Tensor, flips: tf.Tensor) -> tf.Tensor:
+  """Transposes and flips a square image as `augment.Crops.flips` says."""
+  image = tf.where(flips[0], tf.transpose(image, (1, 0, 2)), image)
+  image = tf.where(flips[1], image[::-1], image)
+  return tf.where(flips[2], image[:, ::-1], image)

@@ -31,10 +31,10 @@ def permuted(
   epoch, value = np.divmod(np.asarray(positions, np.int64), num_examples)
   half = max(1, ((num_examples - 1).bit_length() + 1) // 2)
   key = counter_rng.stream_key(seed, counter_rng.ORDER)
-  key = counter_rng.fold(np, key, np.asarray([part], np.uint32))
+  key = counter_rng.fold_in(np, key, np.asarray([part], np.uint32))
   keys = [
-    counter_rng.fold(
-      np, counter_rng.fold(np, key, epoch.astype(np.uint32)), round_
+    counter_rng.fold_in(
+      np, counter_rng.fold_in(np, key, epoch.astype(np.uint32)), round_
     )
     for round_ in np.arange(_ROUNDS, dtype=np.uint32)[:, None]
   ]
@@ -43,7 +43,9 @@ def permuted(
     left = (value[outside] >> half).astype(np.uint32)
     right = (value[outside] & (2**half - 1)).astype(np.uint32)
     for key in keys:
-      mixed = counter_rng.fold(np, key[outside], right) & np.uint32(2**half - 1)
+      mixed = counter_rng.fold_in(np, key[outside], right) & np.uint32(
+        2**half - 1
+      )
       left, right = right, left ^ mixed
     value[outside] = (left.astype(np.int64) << half) | right
     outside = value >= num_examples

@@ -126,7 +126,7 @@ def train_dataset(
     crops = augment.random_crops(
       data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
     )
-    plans = (encoded, crops.boxes, crops.turns, index, epoch)
+    plans = (encoded, crops.boxes, crops.flips, index, epoch)
     if not augment.distorts(data):
       return plans
     return *plans, augment.random_colors(
@@ -203,7 +203,7 @@ def evaluation_dataset(
     encoded, sizes, orientations = _headers(source.images(records))
     crops = augment.central_crops(sizes, orientations)
     return (
-      *(encoded, crops.boxes, crops.turns, index),
+      *(encoded, crops.boxes, crops.flips, index),
       *(_strings(records), place < count),
     )
 

@@ -17,16 +17,15 @@ target, H x W patches of the grid, N = H * W. Ids count in row-major order.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.masks import counter_rng, samplers
+from jepa_jax.masks import arrays, counter_rng, samplers
+from jepa_jax.masks.arrays import Array
+from jepa_jax.masks.interface import Draw, Settings
 
-Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
 SAMPLERS = samplers.SAMPLERS
 
 _SIMULATED_BATCHES, _SIMULATED_BATCH_SIZE = 256, 128  # of the K rule
@@ -112,16 +111,16 @@ def sample(
   settings = _settings(config, grid)
   shapes = _mask_shapes(settings)
   draw, image_key = _draw(settings, seed, step, epoch, index, xp)
-  k, surplus = shapes.context_patches, SAMPLERS[settings.name].surplus
-  context_ids, context_valid = _bring_to(
-    xp, draw.context, k, surplus, image_key, 0, draw.order
+  k, overflow = shapes.context_patches, SAMPLERS[settings.name].overflow
+  context_ids, context_valid = _to_static_size(
+    xp, draw.context, k, overflow, image_key, 0, draw.order
   )
   targets = draw.targets
   if not isinstance(targets, tuple):
     t = shapes.target_patches
     cut = SAMPLERS[settings.name].target_quantile < 1
-    surplus = "random" if cut else "first"
-    targets = _bring_to(xp, targets, t, surplus, image_key, 1)
+    overflow = "random" if cut else "first"
+    targets = _to_static_size(xp, targets, t, overflow, image_key, 1)
   return {
     "context_ids": context_ids,
     "context_valid": context_valid,
@@ -131,33 +130,33 @@ def sample(
 
 
 def _draw(
-  settings: samplers.Settings,
+  settings: Settings,
   seed: int,
   step: Array,
   epoch: Array,
   index: Array,
   xp: Any,
-) -> tuple[samplers.Draw, Array]:
+) -> tuple[Draw, Array]:
   index, epoch, step = (
     xp.reshape(xp.astype(xp.asarray(x), np.uint32), (-1,))
     for x in (index, epoch, step)
   )
-  batch_key = counter_rng.fold(
+  batch_key = counter_rng.fold_in(
     xp, counter_rng.stream_key(seed, counter_rng.MASK_BATCH), step
   )
-  image_key = counter_rng.fold(
+  image_key = counter_rng.fold_in(
     xp, counter_rng.stream_key(seed, counter_rng.MASK_IMAGE), epoch
   )
-  image_key = counter_rng.fold(xp, image_key, index)
+  image_key = counter_rng.fold_in(xp, image_key, index)
   draw = SAMPLERS[settings.name].draw(settings, xp, batch_key, image_key)
   return draw, image_key
 
 
-def _bring_to(
+def _to_static_size(
   xp: Any,
   member: Array,
   size: int,
-  surplus: str,
+  overflow: str,
   key: Array,
   use: int,
   order: Array | None = None,
@@ -166,22 +165,21 @@ def _bring_to(
   sets, n = member.shape[1], member.shape[2]
   if order is not None:
     member = member & (order < size)
-  elif surplus == "random" and size < n:
-    key = counter_rng.fold(xp, key, np.asarray([2**16 + use], np.uint32))
-    random = xp.reshape(counter_rng.draw(xp, key, sets * n), (-1, sets, n))
-    rank = xp.where(member, counter_rng.ranks(xp, random), np.int32(-1))
-    member = member & (rank >= _kth_largest(xp, rank, size))
+  elif overflow == "random" and size < n:
+    key = counter_rng.fold_in(xp, key, np.asarray([2**16 + use], np.uint32))
+    random = xp.reshape(
+      counter_rng.random_bits(xp, key, sets * n), (-1, sets, n)
+    )
+    rank = xp.where(member, counter_rng.random_ranks(xp, random), np.int32(-1))
+    member = member & (rank >= arrays.kth_largest(xp, rank, size))
   count = xp.sum(member, axis=-1, dtype=np.int32)[..., None]
   valid = np.arange(size, dtype=np.int32) < count
-  if xp is np or xp is jnp:
-    ids = xp.argsort(~member, axis=-1, stable=True)[..., :size]
-  else:
-    ids = xp.true_ids(member, count, size)
+  ids = arrays.true_ids(xp, member, count, size)
   return xp.astype(xp.where(valid, ids, 0), np.int32), valid
 
 
 @functools.cache
-def _mask_shapes(settings: samplers.Settings) -> MaskShapes:
+def _mask_shapes(settings: Settings) -> MaskShapes:
   sampler = SAMPLERS[settings.name]
   sampler.check(settings)
   contexts, targets = [], []
@@ -210,56 +208,12 @@ def _mask_shapes(settings: samplers.Settings) -> MaskShapes:
   )
 
 
-def _settings(config: Any, grid: tuple[int, int]) -> samplers.Settings:
-  """Checks the ranges of config.masks and makes it hashable."""
-  pair = lambda key: tuple(float(x) for x in config[key])
-  settings = samplers.Settings(
-    name=config["name"],
-    grid=(int(grid[0]), int(grid[1])),
-    num_contexts=int(config["num_contexts"]),
-    num_targets=int(config["num_targets"]),
-    context_scale=pair("context_scale"),
-    target_scale=pair("target_scale"),
-    aspect_ratio=pair("aspect_ratio"),
-    allow_overlap=bool(config["allow_overlap"]),
-    min_keep=int(config["min_keep"]),
-    context_patches=int(config["context_patches"]),
-  )
+def _settings(config: Any, grid: tuple[int, int]) -> Settings:
+  """Checks config.masks and makes it hashable."""
+  settings = Settings.from_config(config, grid)
   if settings.name not in SAMPLERS:
     raise ValueError(
       f'unknown mask sampler "{settings.name}"; known:'
       f" {', '.join(sorted(SAMPLERS))}"
     )
-  for key, most in (
-    ("context_scale", 1.0),
-    ("target_scale", 1.0),
-    ("aspect_ratio", math.inf),
-  ):
-    low, high = getattr(settings, key)
-    if not 0 < low <= high <= most:
-      raise ValueError(
-        f"masks.{key} is ({low:g}, {high:g}); it needs 0 < min <= max"
-        + (" <= 1" if most == 1 else "")
-      )
-  patches = math.prod(settings.grid)
-  for key, low, high in (
-    ("num_contexts", 1, 64),
-    ("num_targets", 1, 64),
-    ("min_keep", 0, patches),
-    ("context_patches", 0, patches),
-  ):
-    if not low <= getattr(settings, key) <= high:
-      raise ValueError(
-        f"masks.{key} is {getattr(settings, key)}; on a {settings.grid[0]}x"
-        f"{settings.grid[1]} grid it must be from {low} to {high}"
-      )
   return settings
-
-
-def _kth_largest(xp: Any, values: Array, k: int) -> Array:
-  """The k-th largest entry of the last axis: int32 [..., N] -> [..., 1]."""
-  if xp is np:
-    return np.partition(values, values.shape[-1] - k, -1)[..., -k, None]
-  if xp is jnp:
-    return jax.lax.top_k(values, k)[0][..., -1:]
-  return xp.kth_largest(values, k)

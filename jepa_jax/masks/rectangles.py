@@ -1,9 +1,9 @@
-"""Rectangular blocks on the grid of patches: shapes, places, patch ids.
+"""Rectangles on the grid of patches: shapes, corners, patch ids.
 
 Written over an array namespace `xp` (NumPy, `jax.numpy`, or the TensorFlow one
-of `jepa_jax.data.tf_masks`). The random part is integer arithmetic: a block's
-shape comes from a table made once in float64, its corner from a product of
-integers. So all namespaces place the same blocks.
+of `jepa_jax.data.tf_masks`). The random part is integer arithmetic: a
+rectangle's shape comes from a table made once in float64, its corner from a
+product of integers. So all namespaces draw the same rectangles.
 
 Axes as in `jepa_jax.masks`.
 """
@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.masks import counter_rng
+from jepa_jax.masks.arrays import Array
 
-Array = Any  # np.ndarray, jax.Array or tf.Tensor, as `xp` says
-
-_LEVELS = 2**16  # resolution of the uniform number that picks a block's shape
+_LEVELS = 2**16  # resolution of the uniform number that picks a shape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shapes:
-  """The shapes that a block can have, and how a random word picks one.
+  """The shapes that a rectangle can have, and how likely each is.
 
   Attributes:
     grid: (H, W) of the patches.
-    table: int32 [2**16]; the shape's number for each value of 16 random bits.
+    table: int32 [2**16]; index of the shape for each value of 16 random bits.
     heights, widths, areas: int32 [shapes], in patches.
-    rooms: int32 [shapes, 2]; how many rows, columns a corner may lie in.
-    offsets: int32 [shapes, T]; ids of a block's patches less its corner's id,
-      row-major, 0 past the block's area. T is the largest area.
+    num_corners: int32 [shapes, 2]; rows and columns that the top left corner
+      may lie in.
+    offsets: int32 [shapes, T]; ids of a rectangle's patches less its corner's
+      id, row-major, 0 past the rectangle's area. T is the largest area.
   """
 
   grid: tuple[int, int]
@@ -39,7 +39,7 @@ class Shapes:
   heights: np.ndarray
   widths: np.ndarray
   areas: np.ndarray
-  rooms: np.ndarray
+  num_corners: np.ndarray
   offsets: np.ndarray
 
   def frequencies(self) -> dict[tuple[int, int], float]:
@@ -57,17 +57,17 @@ def enumerate_shapes(
   *,
   released: bool,
 ) -> Shapes:
-  """Enumerates the blocks of a range of scales and aspect ratios.
+  """Enumerates the rectangles of a range of scales and aspect ratios.
 
   Args:
     scale: smallest and largest share of the grid's area.
     aspect_ratio: smallest and largest height over width.
     grid: (H, W) in patches.
     released: as the released code does it: one uniform number drives scale and
-      aspect ratio, a block as high (wide) as the grid loses a row (column), and
-      no corner lies so far down (right) that the last row (column) is reached.
-      Otherwise scale and aspect ratio are independent (8 bits each), blocks may
-      fill the grid, and corners lie wherever the block fits.
+      aspect ratio, a rectangle as high (wide) as the grid loses a row (column),
+      and none reaches the last row (column). Otherwise scale and aspect ratio
+      are independent (8 bits each), rectangles may fill the grid, and corners
+      lie wherever the rectangle fits.
   """
   height, width = grid
   level = np.arange(_LEVELS)
@@ -95,18 +95,18 @@ def enumerate_shapes(
     heights=heights,
     widths=widths,
     areas=areas,
-    rooms=(np.asarray(grid) - sizes + (not released)).astype(np.int32),
+    num_corners=(np.asarray(grid) - sizes + (not released)).astype(np.int32),
     offsets=np.where(patch < areas[:, None], offsets, 0).astype(np.int32),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rectangles:
-  """Rectangles on a grid: numbers of their shapes, and corners.
+  """Rectangles on a grid: indices of their shapes, and corners.
 
   Attributes:
-    shapes: what `shape` counts.
-    shape, top, left: int32 arrays that broadcast together.
+    shapes: the table that `shape` is an index of.
+    shape, top, left: int32 arrays that broadcast.
   """
 
   shapes: Shapes
@@ -115,50 +115,50 @@ class Rectangles:
   left: Array
 
 
-def pick_shapes(xp: Any, word: Array, shapes: Shapes) -> Array:
-  """Number of the shape that each random word picks, int32."""
-  bits = xp.astype(xp.right_shift(word, np.uint32(16)), np.int32)
-  return xp.take(shapes.table, bits, axis=0)
+def sample_shapes(xp: Any, random: Array, shapes: Shapes) -> Array:
+  """Indices of random shapes, int32, from random uint32."""
+  level = xp.astype(xp.right_shift(random, np.uint32(16)), np.int32)
+  return xp.take(shapes.table, level, axis=0)
 
 
 def place(
   xp: Any, shapes: Shapes, shape: Array, row: Array, column: Array
 ) -> Rectangles:
-  """Places blocks of the given shapes; row and column are random words."""
-  rows = xp.take(shapes.rooms[:, 0], shape, axis=0)
-  columns = xp.take(shapes.rooms[:, 1], shape, axis=0)
+  """Rectangles at random corners; row and column are random uint32."""
+  rows = xp.take(shapes.num_corners[:, 0], shape, axis=0)
+  columns = xp.take(shapes.num_corners[:, 1], shape, axis=0)
   return Rectangles(
     shapes,
     shape,
-    counter_rng.below(xp, row, rows),
-    counter_rng.below(xp, column, columns),
+    counter_rng.uniform_below(xp, row, rows),
+    counter_rng.uniform_below(xp, column, columns),
   )
 
 
-def extents(xp: Any, blocks: Rectangles) -> tuple[Array, Array]:
-  """Rows, bool [..., H], and columns, bool [..., W], that each block covers."""
+def extents(xp: Any, rects: Rectangles) -> tuple[Array, Array]:
+  """Rows that each covers, bool [..., H], and columns, bool [..., W]."""
   covered = []
   for start, sizes, length in (
-    (blocks.top, blocks.shapes.heights, blocks.shapes.grid[0]),
-    (blocks.left, blocks.shapes.widths, blocks.shapes.grid[1]),
+    (rects.top, rects.shapes.heights, rects.shapes.grid[0]),
+    (rects.left, rects.shapes.widths, rects.shapes.grid[1]),
   ):
     position = np.arange(length, dtype=np.int32)
-    size = xp.take(sizes, blocks.shape, axis=0)
+    size = xp.take(sizes, rects.shape, axis=0)
     covered.append(
       (position >= start[..., None]) & (position < (start + size)[..., None])
     )
   return covered[0], covered[1]
 
 
-def cover(xp: Any, blocks: Rectangles) -> Array:
-  """Patches that each block covers, bool [..., H, W]."""
-  rows, columns = extents(xp, blocks)
+def cover(xp: Any, rects: Rectangles) -> Array:
+  """Patches that each rectangle covers, bool [..., H, W]."""
+  rows, columns = extents(xp, rects)
   return rows[..., :, None] & columns[..., None, :]
 
 
-def uncovered(xp: Any, blocks: Rectangles) -> list[Array]:
-  """Patches outside the first 1, 2, ... M blocks: [B, M] -> M x [B, H, W]."""
-  rows, columns = extents(xp, blocks)
+def uncovered(xp: Any, rects: Rectangles) -> list[Array]:
+  """Patches outside the first 1, 2, ... M: [B, M] -> M x [B, H, W]."""
+  rows, columns = extents(xp, rects)
   outside, results = None, []
   for m in range(rows.shape[1]):
     free = ~(rows[:, m, :, None] & columns[:, m, None, :])
@@ -167,15 +167,15 @@ def uncovered(xp: Any, blocks: Rectangles) -> list[Array]:
   return results
 
 
-def patch_ids(xp: Any, blocks: Rectangles) -> tuple[Array, Array]:
-  """Ids, int32 row-major, and validity of blocks' patches: [B, M] -> [B, M, T].
+def patch_ids(xp: Any, rects: Rectangles) -> tuple[Array, Array]:
+  """Ids, int32 row-major, and validity of the patches: [B, M] -> [B, M, T].
 
-  Ids past a block's area are 0.
+  Ids past a rectangle's area are 0.
   """
-  shapes = blocks.shapes
+  shapes = rects.shapes
   slots = np.arange(shapes.offsets.shape[1], dtype=np.int32)
-  valid = slots < xp.take(shapes.areas, blocks.shape, axis=0)[..., None]
-  corner = blocks.top * np.int32(shapes.grid[1]) + blocks.left
-  ids = corner[..., None] + xp.take(shapes.offsets, blocks.shape, axis=0)
+  valid = slots < xp.take(shapes.areas, rects.shape, axis=0)[..., None]
+  corner = rects.top * np.int32(shapes.grid[1]) + rects.left
+  ids = corner[..., None] + xp.take(shapes.offsets, rects.shape, axis=0)
   valid = xp.broadcast_to(valid, ids.shape)  # `released` has one shape a batch
   return xp.where(valid, ids, np.int32(0)), valid
