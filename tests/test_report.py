@@ -1,11 +1,14 @@
+import configparser
 import html.parser
 import json
+import math
+import pathlib
 import re
 
 import numpy as np
 import pytest
 
-from jepa_jax.evaluation import report
+from jepa_jax.evaluation import report, verdict
 
 RANDOM = np.random.default_rng(0)
 EVIL = "<script>alert('x')</script>&$title"
@@ -20,16 +23,22 @@ class Checker(html.parser.HTMLParser):
   def __init__(self):
     super().__init__()
     self.open, self.words, self.addresses, self.tags = [], [], [], []
+    self.ids, self.doubled = set(), set()
 
-  def handle_starttag(self, tag, attributes):
+  def note(self, tag, attributes):
     self.tags.append(tag)
     self.addresses += [v for k, v in attributes if k in ("src", "href")]
+    ids = {v for k, v in attributes if k == "id"}
+    self.doubled |= ids & self.ids
+    self.ids |= ids
+
+  def handle_starttag(self, tag, attributes):
+    self.note(tag, attributes)
     if tag not in self.OPTIONAL | self.VOID:
       self.open.append(tag)
 
   def handle_startendtag(self, tag, attributes):
-    self.tags.append(tag)
-    self.addresses += [v for k, v in attributes if k in ("src", "href")]
+    self.note(tag, attributes)
 
   def handle_endtag(self, tag):
     if tag not in self.OPTIONAL:
@@ -48,15 +57,30 @@ def read(workdir):
   assert not checker.open
   for address in checker.addresses:  # nothing from outside
     assert address.startswith(("data:image/png;base64,", "#"))
-  assert "@import" not in page and "url(" not in page
+  assert "@import" not in page
+  assert page.count("url(") == page.count("url(#chart-")
+  assert not checker.doubled, checker.doubled
   return checker, re.sub(r"\s+", " ", " ".join(checker.words))
 
 
-def row(evaluation, encoder, top1, protocol="linear", features="last"):
+def row(evaluation, encoder, top1, title="linear probe", features="last"):
   features = "pixels" if encoder == "pixels" else features
+  share = top1 / 100
   return {
-    "evaluation": evaluation, "protocol": protocol, "features": features,
-    "encoder": encoder, "top1": top1, "n_train": 8000, "n_test": 2000,
+    "evaluation": evaluation, "protocol": title[:3], "title": title,
+    "score": "top1", "unit": "%", "higher_is_better": True,
+    "features": features, "encoder": encoder, "top1": top1,
+    "standard_error": 100 * math.sqrt(share * (1 - share) / 2000),
+    "n_train": 8000, "n_test": 2000,
+  }  # fmt: skip
+
+
+def error_row(encoder, rmse, standard_error=0.02):
+  return {
+    "evaluation": "depth", "protocol": "my.file:ROW", "title": "regression",
+    "score": "rmse", "unit": "m", "higher_is_better": False,
+    "features": "last", "encoder": encoder, "rmse": rmse,
+    "standard_error": standard_error,
   }  # fmt: skip
 
 
@@ -113,10 +137,11 @@ def test_full_report_is_one_sound_page_with_every_part(tmp_path):
   ):  # fmt: skip
     assert words in text
   assert "COLLAPSE" not in text and "There is no" not in text
-  # 3 mask images; image, trained twice and random for each of 3 feature images
+  # Image, context and targets; image, trained twice and random; 3 of each.
   images = [a for a in checker.addresses if a.startswith("data:")]
-  assert len(images) == 3 + 3 * 4
-  assert checker.addresses.count("#mask-2") == 2
+  assert len(images) == 3 * 3 + 3 * 4
+  assert checker.tags.count("svg") == 5  # loss, gradient, rank, EVIL, count
+  assert text.count(" step ") >= 4  # and each says what its axis is
 
 
 def test_report_of_an_empty_workdir_names_what_is_missing(tmp_path):
@@ -174,7 +199,7 @@ def test_incomplete_pictures_are_said(tmp_path, changes, words):
 def test_grey_images_are_shown(tmp_path):
   write_pictures(tmp_path / "pictures.npz", channels=1)
   checker, _ = read(tmp_path)
-  assert sum(a.startswith("data:") for a in checker.addresses) == 15
+  assert sum(a.startswith("data:") for a in checker.addresses) == 21
 
 
 def test_metrics_of_a_resumed_run_keep_the_last_of_each_step():
@@ -220,29 +245,105 @@ def test_verdict_states_each_outcome():
     return [row(name, encoder, top1) for encoder, top1 in scores.items()]
 
   count, distance = rows("count", 50, 40, 20), rows("distance", 55, 44, 72)
-  assert report.verdict(count).startswith("The trained encoder beats its base")
-  mixed = report.verdict(count + distance)
+  assert verdict.verdict(count).startswith("The trained encoder beats its base")
+  mixed = verdict.verdict(count + distance)
   assert "raw pixels are not beaten on distance: " in mixed
   assert "count 50.0 % (+10.0 over the random encoder, +30.0" in mixed
   assert "distance 55.0 % (+11.0 over the random encoder, −17.0" in mixed
   flat = rows("flat", 41, 40, 20)  # 1 point of 2,000 images is noise
-  assert report.verdict(flat).startswith("Training did not help on flat:")
-  partly = report.verdict(count + flat)
+  assert verdict.verdict(flat).startswith("Training did not help on flat:")
+  partly = verdict.verdict(count + flat)
   assert partly.startswith("Training helped on count, not on flat:")
 
 
-def test_verdict_takes_the_best_features_and_prefers_the_linear_probe():
+def test_verdict_takes_the_best_features_and_the_first_protocol():
   rows = [
     row("count", "trained", 50, features="last"),
     row("count", "trained", 60, features="last4"),
     row("count", "random", 45, features="last"),
     row("count", "random", 41, features="last4"),
-    row("count", "trained", 99, protocol="knn"),
-    row("count", "random", 1, protocol="knn"),
+    row("count", "trained", 99, title="k-NN"),
+    row("count", "random", 1, title="k-NN"),
   ]
-  sentence = report.verdict(rows)
+  sentence = verdict.verdict(rows)
   assert "linear probe on count 60.0 % (+15.0 over the random" in sentence
-  assert "k-NN on count 99.0 % (+98.0" in report.verdict(rows[4:])
+  assert "k-NN on count 99.0 % (+98.0" in verdict.verdict(rows[4:])
+
+
+def test_a_score_of_which_less_is_better_is_read_so():
+  rows = [error_row("trained", 0.5), error_row("random", 0.8)]
+  sentence = verdict.verdict(rows)
+  assert sentence.startswith("The trained encoder beats its baselines: ")
+  assert "regression on depth rmse 0.500 m (−0.300 over the random" in sentence
+  assert "lower is better" in sentence
+  rows += [error_row("trained", 0.3) | {"features": "last4"}]
+  assert "rmse 0.300 m" in verdict.verdict(rows)  # the best of two features
+  worse = verdict.verdict([error_row("trained", 0.9), rows[1]])
+  assert worse.startswith("Training did not help on depth:")
+  (line,) = verdict.table(rows[:2])
+  assert line["over"][0] == {"text": "−0.300", "verdict": "good"}
+  assert line["scores"][0] == {"text": "0.500", "error": "0.020"}
+  assert line["scores"][2] is line["over"][1] is None  # no pixels
+  assert line["score"] == "rmse m, lower is better"
+
+
+def test_scores_without_a_standard_error_or_not_finite():
+  rows = [error_row("trained", 0.5, None), error_row("random", 0.51, None)]
+  assert verdict.verdict(rows).startswith("The trained encoder beats")
+  rows = [error_row("trained", math.nan), error_row("random", 0.5)]
+  assert verdict.verdict(rows).startswith("No probe with a baseline")
+  assert not verdict.compares(rows[0]) and verdict.compares(rows[1])
+
+
+def test_rows_of_the_first_version_still_compare(tmp_path):
+  """They name neither score nor unit, and no standard error."""
+  rows = [
+    {k: v for k, v in row("count", encoder, top1).items()
+     if k not in ("title", "score", "unit", "higher_is_better",
+                  "standard_error")}
+    for encoder, top1 in (("trained", 41.0), ("random", 40.0))
+  ]  # fmt: skip
+  assert "lin on count 41.0 % (+1.0 over the random" in verdict.verdict(rows)
+  assert verdict.verdict(rows).startswith("Training did not help on count:")
+  (line,) = verdict.table(rows)
+  assert line["scores"][0] == {"text": "41.0", "error": "1.1"}
+  assert line["over"][0]["verdict"] == "faint"
+
+
+def test_limits_of_collapse_are_those_of_the_run(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "effective_rank": 3}')
+  assert "COLLAPSE" not in read(tmp_path)[1]
+  limits = {"collapse": {"effective_rank": 4.0}}
+  (tmp_path / "config.json").write_text(json.dumps(limits))
+  assert "effective rank 3 is below 4" in read(tmp_path)[1]
+  (tmp_path / "config.json").write_text('{"collapse": {"rank": 4}}')
+  assert "unknown collapse threshold 'rank'" in read(tmp_path)[1]
+
+
+def test_what_an_objective_lacks_is_not_missed(tmp_path):
+  fill(tmp_path)
+  changes = dict.fromkeys(("masks_image", "masks_context", "masks_targets"))
+  write_pictures(tmp_path / "pictures.npz", **changes)
+  _, text = read(tmp_path)
+  assert "Masks" not in text and "masks" not in text and "Features" in text
+  assert "momentum" not in text.lower()  # nothing is averaged
+  names = ("features_image", "features", "features_random")
+  write_pictures(tmp_path / "pictures.npz", **dict.fromkeys(names))
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 105, "momentum": 0.9, "a_norm": 1, "b_norm": 2}')
+  _, text = read(tmp_path)
+  assert "Masks" in text and "Patch features" not in text
+  assert "Momentum of the moving average" in text
+  assert re.search(r"Norms +a 1 +b 2 ", text)
+
+
+def test_the_page_itself_is_in_the_wheel():
+  root = pathlib.Path(report.__file__).resolve().parents[2]
+  options = configparser.ConfigParser()
+  options.read(root / "setup.cfg")
+  patterns = options["options.package_data"]["jepa_jax.evaluation"].split()
+  template = pathlib.Path(report.__file__).with_name("report.html.j2")
+  assert any(template.match(pattern) for pattern in patterns)
 
 
 def test_differences_within_the_noise_are_grey(tmp_path):

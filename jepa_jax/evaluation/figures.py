@@ -1,8 +1,9 @@
-"""Arrays in, HTML out: line charts, mask pictures, PCA-coloured features.
+"""Charts as matplotlib figures, pictures as arrays, and both as HTML.
 
-Everything is inline SVG or a PNG in a data URI, so that a page made of it needs
-no other file. Colours are CSS classes (c0, c1, ...), which lets the page follow
-light and dark mode; only pictures carry pixels.
+A figure is drawn in the light colours of PALETTE; `svg` makes them variables of
+the page's style, so that an embedded chart follows light and dark mode. Nothing
+here touches pyplot, so no backend is chosen; matplotlib is imported when the
+first chart is drawn.
 
 Axes: n images, H W pixels, C channels, h w grid of patches, M target blocks, D
 features.
@@ -10,72 +11,128 @@ features.
 
 import base64
 from collections.abc import Sequence
-import html
+import io
 import math
-import struct
-import zlib
+import re
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
+import markupsafe
 import numpy as np
+from PIL import Image
 
-WIDTH, HEIGHT = 360, 190  # of a chart, in SVG units; text is 11 units high
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins, for ticks
+if TYPE_CHECKING:
+  from matplotlib import figure as figure_lib
+
+# Variable of the page's style -> its colour in light and in dark mode.
+PALETTE = {
+  "page": ("#ffffff", "#15171a"),
+  "card": ("#f7f7f5", "#1d2024"),
+  "ink": ("#1c1d1f", "#e8e9ea"),
+  "faint": ("#6b6e73", "#9a9ea5"),
+  "rule": ("#e2e2de", "#33373d"),
+  "good": ("#1a7f4b", "#54c98a"),
+  "bad": ("#c0392b", "#ff7b6b"),
+  "c0": ("#2f6fd0", "#6ea3f5"),
+  "c1": ("#d97706", "#f5a742"),
+  "c2": ("#12916f", "#3cc9a0"),
+  "c3": ("#c13584", "#f07cb8"),
+  "c4": ("#7656c9", "#ab92f2"),
+  "c5": ("#7a8a00", "#c3d13c"),
+}
+COLOURS = 6  # c0 ... c5, of lines and target blocks
+WIDTH, HEIGHT = 360, 204  # of a chart, in points; text is 11 points high
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 36  # margins, for ticks and "step"
 POINTS = 500  # more than this in a line are thinned, keeping the extremes
-COLOURS = 6  # CSS classes c0 ... c5
+ENLARGED = 256  # pixels; smaller images are enlarged before edges are drawn
 
 Series = tuple[str, np.ndarray, np.ndarray]  # name, steps [n], values [n]
 
 
-def line_chart(title: str, series: Sequence[Series]) -> str:
-  """A chart over steps as <figure>, with the last values in its heading.
+def line_chart(
+  series: Sequence[Series], title: str = ""
+) -> "figure_lib.Figure":
+  """A chart of metrics over steps.
 
-  A noisy line is drawn pale under its running mean. Outliers that would flatten
-  the rest are cut off, values that are not finite left out; the caption counts
-  both.
+  A noisy line is drawn pale under its running mean. Values that are not finite
+  break the line; outliers that would flatten the rest are cut off. `notes`
+  counts both.
 
   Args:
-    title: heading, plain text.
     series: (name, steps, values) of each line; steps ascend.
-
-  Returns:
-    HTML.
+    title: plain text; with it comes a legend of the names. Left out in a page,
+      whose own text is the heading.
   """
-  finite = [values[np.isfinite(values)] for _, _, values in series]
-  known = np.concatenate(finite)
-  notes = []
-  missing = sum(len(values) for _, _, values in series) - len(known)
-  if missing:
-    first = min(
-      steps[~np.isfinite(values)][0]
-      for _, steps, values in series
-      if not np.isfinite(values).all()
+  from matplotlib import figure as figure_lib
+  from matplotlib import ticker
+
+  ink, faint, rule = (PALETTE[name][0] for name in ("ink", "faint", "rule"))
+  top = TOP + 18 if title else TOP
+  height = HEIGHT - TOP + top
+  figure = figure_lib.Figure(figsize=(WIDTH / 72, height / 72))
+  axes = figure.add_axes(
+    (
+      LEFT / WIDTH,
+      BOTTOM / height,
+      (WIDTH - LEFT - RIGHT) / WIDTH,
+      (height - top - BOTTOM) / height,
     )
-    notes.append(f"{missing} not finite, the first at step {first:g}")
+  )
+  axes.spines[:].set_visible(False)
+  axes.grid(axis="y", color=rule, linewidth=1)
+  axes.tick_params(left=False, bottom=False, labelsize=11, labelcolor=faint)
+  axes.set_xlabel("step", fontsize=11, color=faint, labelpad=2)
+  for axis, bins in ((axes.xaxis, 5), (axes.yaxis, 4)):
+    whole = axis is axes.xaxis
+    axis.set_major_locator(
+      ticker.MaxNLocator(bins, steps=[1, 2, 5, 10], integer=whole)
+    )
+    axis.set_major_formatter(lambda value, _: number(value))
+  steps = np.concatenate([steps for _, steps, _ in series])
+  axes.set_xlim(steps.min(), max(steps.max(), steps.min() + 1))
+  low_high = _limits(series)
+  if low_high is None:
+    axes.set_yticks([])
+    axes.text(
+      0.5, 0.5, "No finite value", transform=axes.transAxes, color=faint,
+      fontsize=11, ha="center",
+    )  # fmt: skip
+  else:
+    axes.set_ylim(low_high)
+    for i, (_, at, values) in enumerate(series):
+      _draw_line(axes, at, values, PALETTE[f"c{i % COLOURS}"][0])
+  if title:
+    axes.set_title(title, loc="left", fontsize=12, color=ink, parse_math=False)
+    if len(series) > 1:
+      lines = [line for line in axes.lines if line.get_alpha() is None]
+      for text in axes.legend(lines, [name for name, *_ in series]).get_texts():
+        text.set_parse_math(False)
+  return figure
+
+
+def notes(series: Sequence[Series]) -> list[str]:
+  """What a chart of these lines does not show: NaN, infinities, outliers."""
+  values = np.concatenate([values for _, _, values in series])
+  steps = np.concatenate([steps for _, steps, _ in series])
+  known = values[np.isfinite(values)]
+  result = []
+  if len(known) < len(values):
+    first = steps[~np.isfinite(values)].min()
+    missing = len(values) - len(known)
+    result.append(f"{missing} not finite, the first at step {first:g}")
   if len(known):
-    low, high = _limits(known)
+    low, high = _limits(series)
     outside = int(np.sum((known < low) | (known > high)))
     if outside:
-      notes.append(f"{outside} off the scale, farthest {number(_far(known))}")
-    drawing = _axes_and_lines(title, series, low, high)
-  else:
-    drawing = '<p class="missing">No finite value.</p>'
-  legend = "".join(
-    f'<span class="key c{i % COLOURS}">{html.escape(name)} '
-    f"<b>{_last(values)}</b></span>"
-    for i, (name, _, values) in enumerate(series)
-  )
-  if len(series) == 1:
-    legend = f"<b>{_last(series[0][2])}</b>"
-  note = f'<p class="note">{"; ".join(notes)}.</p>' if notes else ""
-  return (
-    f'<figure class="chart"><figcaption>{html.escape(title)}'
-    f"<span>{legend}</span></figcaption>{drawing}{note}</figure>"
-  )
+      farthest = known[np.abs(known - np.median(known)).argmax()]
+      result.append(f"{outside} off the scale, farthest {number(farthest)}")
+  return result
 
 
 def number(value: float) -> str:
   """A number for a person: 3 to 4 digits, with k, M, G or T where large."""
   if not math.isfinite(value):
-    return {"inf": "∞", "-inf": "−∞"}.get(str(value), "NaN")
+    return {"inf": "∞", "-inf": "−∞"}.get(str(float(value)), "NaN")
   unit = ""
   if abs(value) >= 1e4:
     power = min(int(math.log10(abs(value))) // 3, 4)
@@ -84,82 +141,89 @@ def number(value: float) -> str:
   return digits.replace("e-0", "e-").replace("-", "−") + unit
 
 
-def png_uri(pixels: np.ndarray) -> str:
-  """A data URI of uint8 [H, W] or [H, W, C]; C of 1 is grey, 3 is RGB."""
-  pixels = np.asarray(pixels, np.uint8)
-  pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-  pixels = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
-  height, width, channels = pixels.shape
-  rows = pixels.reshape(height, width * channels)
-  rows = np.pad(rows, ((0, 0), (1, 0)))  # each row starts with its filter, 0
+def svg(
+  figure: "figure_lib.Figure", name: str, label: str
+) -> markupsafe.Markup:
+  """A figure as an <svg> element to embed in a page.
 
-  def chunk(kind, data):
-    checksum = zlib.crc32(kind + data)
-    return (
-      struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-    )
+  Equal figures give equal bytes. What matplotlib writes for files of their own
+  goes: its XML head, size, fonts and a style that would rule the whole page.
+  Colours of PALETTE become var(--name, colour).
 
-  colour = 2 if channels == 3 else 0
-  header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-  data = (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-    + chunk(b"IEND", b"")
-  )
-  return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def picture(pixels: np.ndarray, caption: str, *, smooth: bool = False) -> str:
-  """uint8 [H, W, C] as <figure>; small ones are enlarged by the browser.
-
-  With `smooth` it interpolates between the pixels, else they stay squares.
+  Args:
+    figure: any of matplotlib.
+    name: unique in the page (letters, digits, dashes); its ids begin with it.
+    label: what it shows, for those who cannot see it.
   """
-  style = "smooth" if smooth else _scaling(pixels)
-  words = html.escape(caption)
-  return (
-    f'<figure><img class="{style}" src="{png_uri(pixels)}" alt="{words}">'
-    f"<figcaption>{words}</figcaption></figure>"
-  )
+  import matplotlib
+
+  file = io.StringIO()
+  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    facts = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=facts)
+  root = ElementTree.fromstring(file.getvalue())
+  root.attrib = {
+    "viewBox": root.get("viewBox"), "role": "img", "aria-label": label
+  }  # fmt: skip
+  for element in list(root.iter()):
+    element.tag = element.tag.rpartition("}")[2]
+    element.text = (element.text or "").strip()
+    element.tail = None
+    for child in list(element):
+      if child.tag.endswith(("}style", "}metadata")):
+        element.remove(child)
+    if element is not root:
+      element.attrib = _attributes(element, name)
+  return markupsafe.Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def png_uri(pixels: np.ndarray) -> str:
+  """A PNG in a data URI; uint8 [H, W] or [H, W, C], C of 1, 3 or 4 (alpha)."""
+  pixels = np.asarray(pixels, np.uint8)
+  if pixels.ndim == 3 and pixels.shape[-1] not in (3, 4):
+    pixels = pixels[..., 0]
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "PNG", optimize=True)
+  data = base64.b64encode(file.getvalue()).decode()
+  return f"data:image/png;base64,{data}"
 
 
 def mask_pictures(
-  image: np.ndarray, context: np.ndarray, targets: np.ndarray, *, name: str
-) -> str:
-  """An image, what the context encoder sees, and the target blocks in colour.
+  image: np.ndarray, context: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """What the context encoder sees of an image, and the targets in colour.
 
   Args:
-    image: uint8 [H, W, C].
+    image: uint8 [H, W, C], C of 1 or 3.
     context: bool [h, w], the patches of the context.
     targets: bool [M, h, w], the patches of each target block.
-    name: an identifier, unique in the page (letters, digits, dashes).
 
   Returns:
-    HTML: three <figure>.
+    The context, uint8 [H', W', 4], transparent where nothing is seen; and the
+    targets, uint8 [H', W', 3]. H' and W' are H and W, or a multiple of them
+    where the image is small.
   """
-  h, w = context.shape
-  uri = f'<image id="{name}" href="{png_uri(image)}" width="{w}" height="{h}"'
-  again = f'<use href="#{name}"/>'
-  style = f'preserveAspectRatio="none" class="{_scaling(image)}"'
-  hidden = (
-    f'<path class="hidden" d="{_cells(~context)}"/>'
-    f'<path class="edge frame" d="{_outline(context)}"/>'
-  )
-  blocks = "".join(
-    f'<g class="c{i % COLOURS}"><path class="block" d="{_cells(block)}"/>'
-    f'<path class="edge" d="{_outline(block)}"/></g>'
-    for i, block in enumerate(targets)
-  )
-  sizes = ", ".join(str(int(block.sum())) for block in targets)
-  return "".join(
-    f'<figure><svg viewBox="0 0 {w} {h}" role="img" '
-    f'aria-label="{caption}">{content}</svg>'
-    f"<figcaption>{caption}</figcaption></figure>"
-    for content, caption in (
-      (f"{uri} {style}/>", "image"),
-      (again + hidden, f"context: {int(context.sum())} of {h * w} patches"),
-      (again + blocks, f"targets: {sizes} patches"),
-    )
+  from matplotlib import colors
+
+  scale = max(1, ENLARGED // max(image.shape[:2]))
+  image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+  image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
+  rgb = {
+    name: 255 * np.array(colors.to_rgb(light), np.float32)
+    for name, (light, _) in PALETTE.items()
+  }
+  seen, edge = _cover(context, image.shape[:2])
+  alpha = np.where(seen, 255, 0)[..., None]
+  visible = np.where(edge[..., None], rgb["faint"], image)
+  blocks = image
+  for i, target in enumerate(targets):
+    inside, edge = _cover(target, image.shape[:2])
+    colour = rgb[f"c{i % COLOURS}"]
+    blocks = np.where(inside[..., None], (blocks + colour) / 2, blocks)
+    blocks = np.where(edge[..., None], colour, blocks)
+  return (
+    np.concatenate([visible * (alpha > 0), alpha], axis=-1).astype(np.uint8),
+    blocks.astype(np.uint8),
   )
 
 
@@ -202,60 +266,31 @@ def pca_colours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return colours.reshape(*features.shape[:3], 3), shares
 
 
-def _scaling(pixels):
-  """The CSS class of an image: squares where the page will enlarge it."""
-  return "squares" if max(np.shape(pixels)[:2]) < 100 else "smooth"
+def _draw_line(axes, steps, values, colour):
+  """A line of a chart; points between gaps, which no line reaches, as dots."""
+  values = np.where(np.isfinite(values), values, np.nan)
+  style = {"color": colour, "linewidth": 1.8, "solid_joinstyle": "round"}
+  smooth = _running_mean(values)
+  if smooth is not None:
+    pale = style | {"linewidth": 1, "alpha": 0.35}
+    axes.plot(*_thin(steps, values), **pale)
+    values = smooth
+  axes.plot(*_thin(steps, values), **style)
+  known = np.pad(np.isfinite(values), 1)
+  lone = known[1:-1] & ~known[:-2] & ~known[2:]
+  low, high = axes.get_ylim()
+  lone &= (low <= values) & (values <= high)
+  if lone.any():  # unclipped, as half of a dot on the edge is none
+    dots = axes.scatter(steps[lone], values[lone], s=36, color=colour)
+    dots.set(linewidth=0, clip_on=False)
 
 
-def _axes_and_lines(title, series, low, high):
-  """The <svg> of a chart whose values go from `low` to `high`."""
-  steps = np.concatenate([steps for _, steps, _ in series])
-  first, last = float(steps.min()), float(steps.max())
-  last = last if last > first else first + 1
-  across, up = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-
-  def x(step):
-    return (step - first) / (last - first) * across
-
-  def y(value):
-    return (high - value) / (high - low) * up
-
-  parts = []
-  for tick in _ticks(low, high, 4):
-    at = TOP + y(tick)
-    parts.append(
-      f'<path class="grid" d="M{LEFT} {at:.1f}h{across}"/><text '
-      f'x="{LEFT - 5}" y="{at + 3.5:.1f}" class="end">{number(tick)}</text>'
-    )
-  for tick in _ticks(first, last, 5):
-    at = LEFT + x(tick)
-    anchor = "end" if at > WIDTH - 24 else "middle"
-    parts.append(
-      f'<text x="{min(at, WIDTH):.1f}" y="{HEIGHT - 6}" '
-      f'class="{anchor}">{number(tick)}</text>'
-    )
-  parts.append(  # an inner <svg> cuts off what lies outside
-    f'<svg x="{LEFT}" y="{TOP}" width="{across}" height="{up}">'
-  )
-  for i, (_, steps, values) in enumerate(series):
-    lines = [("line", steps, values)]
-    smooth = _running_mean(values)
-    if smooth is not None:
-      lines = [("line pale", steps, values), ("line", steps, smooth)]
-    for style, at, value in lines:
-      path, dots = _path(*_thin(at, value), x, y)
-      parts.append(f'<g class="c{i % COLOURS}"><path class="{style}" ')
-      parts.append(f'd="{path}"/>{dots}</g>')
-  label = html.escape(f"{title}, steps {first:g} to {last:g}")
-  return (
-    f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-    + "".join(parts)
-    + "</svg></svg>"
-  )
-
-
-def _limits(values):
-  """The chart's range: all values, unless few outliers would rule it."""
+def _limits(series):
+  """Range of a chart: all values, unless few outliers would rule it."""
+  values = np.concatenate([values for _, _, values in series])
+  values = values[np.isfinite(values)]
+  if not len(values):
+    return None
   low, high = values.min(), values.max()
   if len(values) >= 20:
     inner = np.percentile(values, [2, 98])
@@ -267,24 +302,6 @@ def _limits(values):
   else:
     margin = 0.05 * (high - low)
   return float(low - margin), float(high + margin)
-
-
-def _far(values):
-  """The value farthest from the median."""
-  return values[np.abs(values - np.median(values)).argmax()]
-
-
-def _last(values):
-  return number(float(values[-1]))
-
-
-def _ticks(low, high, count):
-  """About `count` round numbers (1, 2 or 5 times a power of ten) between."""
-  rough = (high - low) / count
-  power = 10.0 ** math.floor(math.log10(rough))
-  step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-  start, stop = math.ceil(low / step), math.floor(high / step)
-  return [round(i * step, 12) for i in range(start, stop + 1)]
 
 
 def _running_mean(values):
@@ -316,32 +333,37 @@ def _thin(steps, values):
   return steps[kept], values[kept]
 
 
-def _path(steps, values, x, y):
-  """Path data, broken where values are not finite; lone points as dots."""
-  path, dots, run = [], [], []
-  for step, value in [*zip(steps, values, strict=True), (0, math.nan)]:
-    if math.isfinite(value):
-      run.append(f"{x(step):.1f} {y(value):.1f}")
-      continue
-    if len(run) == 1:
-      cx, cy = run[0].split()
-      dots.append(f'<circle cx="{cx}" cy="{cy}" r="3"/>')
-    elif run:
-      path.append("M" + "L".join(run))
-    run = []
-  return "".join(path), "".join(dots)
+def _attributes(element, name):
+  """Those of an SVG element that a page needs, short and without clashes."""
+  result = {}
+  for key, value in element.attrib.items():
+    key = key.rpartition("}")[2]  # href, of XLink
+    if key == "id" and element.tag in ("g", "figure"):
+      continue  # nothing refers to a group
+    if key == "id":
+      value = f"{name}-{value}"
+    elif key == "style":
+      value = re.sub(r"font-family: [^;]*;? ?", "", value)
+      for variable, (light, _) in PALETTE.items():
+        value = value.replace(light, f"var(--{variable}, {light})")
+    elif key in ("href", "clip-path"):
+      value = value.replace("#", f"#{name}-")
+    elif key in ("d", "x", "y"):
+      value = re.sub(r"-?\d+\.\d+", lambda x: f"{float(x[0]):.1f}", value)
+      value = " ".join(value.split())
+    if not (key == "transform" and value.startswith("rotate(-0 ")):
+      result[key] = value
+  return result
 
 
-def _cells(mask):
-  """Path data of the true cells of bool [h, w], one unit each."""
-  return "".join(f"M{j} {i}h1v1h-1z" for i, j in np.argwhere(mask))
+def _cover(mask, shape):
+  """Patches as pixels: bool [H, W] of `shape`, and those on their edge."""
+  from scipy import ndimage
 
-
-def _outline(mask):
-  """Path data of the edges between true and false cells of bool [h, w]."""
-  padded = np.pad(mask, 1).astype(np.int8)
-  across = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])
-  down = np.argwhere(np.diff(padded, axis=1)[1:-1])
-  return "".join(
-    [f"M{j} {i}h1" for i, j in across] + [f"M{j} {i}v1" for i, j in down]
+  (h, w), (height, width) = mask.shape, shape
+  rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
+  inside = mask[rows[:, None], columns]
+  thick = max(1, max(shape) // 128)
+  return inside, inside & ~ndimage.binary_erosion(
+    inside, np.ones((3, 3)), iterations=thick
   )

@@ -6,36 +6,33 @@ workdir; every part is optional, and the page says which is missing:
     config.json       the configuration
     run.json          device, versions, seconds, images_per_second, command, ...
     metrics.jsonl     one JSON object a line: "step" and any scalars
-    evaluations.json  rows of `probes.probe_table`
+    evaluations.json  rows of the evaluations, see verdict.py
     pictures.npz      masks_image [n, H, W, C], masks_context [n, h, w],
                       masks_targets [n, M, h, w]; features_image [n, H, W, C],
                       features and features_random [n, h, w, D]
+
+Words and style are in report.html.j2; here are the facts that it shows.
 """
 
-from collections.abc import Mapping, Sequence
-import html
+from importlib import resources
 import io
 import json
 import math
 import os
-import string
-from typing import Any
 import zipfile
 import zlib
 
 from etils import epath
 import numpy as np
 
-from jepa_jax.evaluation import collapse, figures, page
+from jepa_jax import config as config_lib
+from jepa_jax.evaluation import collapse, figures
+from jepa_jax.evaluation import verdict as verdict_lib
 
 SHOWN = 8  # pictures of each kind, at most
 
 CHARTS = {  # section: charts by title, and the metrics in each
-  "Learning": {
-    "Loss": ("loss",),
-    "Gradient norm": ("grad_norm",),
-    "Norms": ("prediction_norm", "target_norm"),
-  },
+  "Learning": {"Loss": ("loss",), "Gradient norm": ("grad_norm",)},
   "Collapse": {
     "Effective rank of the features": ("effective_rank",),
     "Standard deviation of the features": ("feature_std",),
@@ -44,20 +41,14 @@ CHARTS = {  # section: charts by title, and the metrics in each
   "Schedules": {
     "Learning rate": ("learning_rate",),
     "Weight decay": ("weight_decay",),
-    "Momentum of the target encoder": ("momentum",),
+    "Momentum of the moving average": ("momentum",),
   },
   "Speed": {
     "Images a second": ("images_per_second",),
     "Seconds a step": ("step_seconds", "data_wait_seconds"),
   },
 }
-
-LINES = {  # what a line is called where a chart has several
-  "prediction_norm": "prediction",
-  "target_norm": "target",
-  "step_seconds": "step",
-  "data_wait_seconds": "data wait",
-}
+OPTIONAL = {"momentum"}  # not missed where nothing is averaged
 
 Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name: (steps, values)
 
@@ -74,6 +65,8 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
   Raises:
     ValueError: workdir is not a directory.
   """
+  import jinja2
+
   workdir = epath.Path(workdir)
   if not workdir.is_dir():
     raise ValueError(
@@ -86,20 +79,39 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
   metrics, metrics_problem = _read(workdir / "metrics.jsonl", read_metrics)
   metrics, notes = metrics or ({}, [])
   rows = [row for row in rows or [] if isinstance(row, dict)]
-  body = [
-    _header(workdir.name, run or {}, metrics, rows),
-    _section("Evaluations", _evaluations(rows, rows_problem)),
-    _section("Curves", _curves(metrics, notes, metrics_problem)),
-    _section("Masks", _masks(pictures, pictures_problem)),
-    _section("Features", _features(pictures, pictures_problem)),
-    _section("Configuration", _tree_or_note(config, config_problem)),
-    _section("The run", _tree_or_note(run, run_problem)),
-  ]
-  text = string.Template(page.PAGE).substitute(
-    title=html.escape(workdir.name), style=page.STYLE, body="\n".join(body)
+  if not rows_problem and not rows:
+    rows_problem = "evaluations.json holds no rows"
+  if not metrics_problem and not metrics:
+    notes.append("metrics.jsonl holds no metrics yet.")
+  others = [row for row in rows if not verdict_lib.compares(row)]
+  environment = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )  # fmt: skip
+  environment.filters["text"] = _text
+  template = resources.files(__package__).joinpath("report.html.j2")
+  page = environment.from_string(template.read_text(encoding="utf-8")).render(
+    name=workdir.name,
+    palette=figures.PALETTE,
+    verdict=verdict_lib.verdict(rows),
+    alarm=_alarm(config or {}, metrics),
+    facts=_facts(run or {}, metrics),
+    probes=verdict_lib.table(rows),
+    others=others,
+    other_keys=list(dict.fromkeys(key for row in others for key in row)),
+    evaluations_problem=rows_problem,
+    curves=_curves(metrics),
+    curves_notes=notes,
+    curves_problem=metrics_problem or _not_recorded(metrics),
+    masks=_masks(pictures, pictures_problem),
+    features=_features(pictures, pictures_problem),
+    config=config,
+    config_problem=config_problem,
+    run=run,
+    run_problem=run_problem,
   )
   path = workdir / "report.html"
-  path.write_text(text, encoding="utf-8")
+  path.write_text(page, encoding="utf-8")
   return path
 
 
@@ -149,239 +161,149 @@ def read_metrics(text: bytes) -> tuple[Metrics, list[str]]:
   return metrics, notes
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-  """One sentence: the trained encoder against its two baselines.
-
-  Judges by the linear probe, or by k-NN where there is none; of several
-  features ("last", "last4") each encoder's best counts. A difference below two
-  standard errors of the test sample is no difference.
-
-  Args:
-    rows: of `probes.probe_table`, with top1 in percent.
-
-  Returns:
-    Plain text.
-  """
-  clauses, helped, unhelped, behind_pixels = [], [], [], []
-  names = dict.fromkeys(row.get("evaluation") for row in rows)
-  for name in names:
-    scored = _best(rows, name, "linear") or _best(rows, name, "knn")
-    trained = scored.get("trained")
-    if trained is None or len(scored) < 2:
-      continue
-    differences = []
-    for encoder, words in (
-      ("random", "the random encoder"),
-      ("pixels", "pixels"),
-    ):
-      if encoder not in scored:
-        continue
-      difference, sign = _difference(trained, scored[encoder])
-      differences.append(f"{_signed(difference)} over {words}")
-      if encoder == "random":
-        (helped if sign > 0 else unhelped).append(str(name))
-      elif sign <= 0:
-        behind_pixels.append(str(name))
-    probe = "linear probe" if trained["protocol"] == "linear" else "k-NN"
-    clauses.append(
-      f"{probe} on {name} {trained['top1']:.1f} % ({', '.join(differences)})"
-    )
-  if not clauses:
-    return "No probe with a baseline yet, so nothing is known of the features"
-  if unhelped and not helped:
-    lead = "Training did not help on " + " and ".join(unhelped)
-  elif unhelped:
-    lead = f"Training helped on {' and '.join(helped)}, not on " + " or ".join(
-      unhelped
-    )
-  elif behind_pixels:
-    lead = "Training helped, but raw pixels are not beaten on " + " and ".join(
-      behind_pixels
-    )
-  else:
-    lead = "The trained encoder beats its baselines"
-  return f"{lead}: {'; '.join(clauses)}"
-
-
-def _header(name, run, metrics, rows):
-  """Verdict, an alarm where the metrics give cause, and the main facts."""
+def _alarm(config, metrics):
+  """What the last metrics give cause for, or ""."""
   last = {key: values[-1] for key, (_, values) in metrics.items()}
-  alarm = collapse.collapse_warning(last)
+  limits = config.get("collapse") or config_lib.defaults().collapse.to_dict()
+  try:
+    alarm = collapse.collapse_warning(last, limits)
+  except (ValueError, TypeError, AttributeError) as error:
+    alarm = f"config.json is damaged: collapse: {error}"
   if "loss" in last and not math.isfinite(last["loss"]):
-    alarm = f"The last loss is {last['loss']}: the run has diverged. " + alarm
-  alarm = f'<p class="alarm">{html.escape(alarm)}</p>' if alarm else ""
-  steps = max((steps[-1] for steps, _ in metrics.values()), default=None)
-  speed = run.get("images_per_second", last.get("images_per_second"))
-  devices = run.get("devices")
-  device = str(run.get("device", "")) or None
-  if device and isinstance(devices, int) and devices > 1:
+    alarm = f"The last loss is {last['loss']}: the run has diverged. {alarm}"
+  return alarm
+
+
+def _facts(run, metrics):
+  """The main facts by name, as text."""
+  steps = [at[-1] for at, _ in metrics.values()]
+  speed = run.get("images_per_second")
+  if not _is_number(speed) and "images_per_second" in metrics:
+    speed = float(metrics["images_per_second"][1][-1])
+  parameters = run.get("parameters")
+  if isinstance(parameters, dict):  # by network
+    parameters = sum(x for x in parameters.values() if _is_number(x))
+  devices, device = run.get("devices"), _text(run.get("device", ""))
+  if device and _is_number(devices) and devices > 1:
     device = f"{devices} × {device}"
   facts = {
-    "steps": None if steps is None else f"{steps:,}",
-    "last loss": figures.number(last["loss"]) if "loss" in last else None,
+    "steps": f"{max(steps):,}" if steps else "",
+    "last loss": figures.number(metrics["loss"][1][-1])
+    if "loss" in metrics
+    else "",
     "time": _duration(run.get("seconds")),
-    "images/s": figures.number(speed) if _is_number(speed) else None,
-    "parameters": (
-      figures.number(run["parameters"])
-      if _is_number(run.get("parameters"))
-      else None
-    ),
+    "images/s": figures.number(speed) if _is_number(speed) else "",
+    "parameters": figures.number(parameters) if _is_number(parameters) else "",
     "device": device,
-    "started": run.get("started"),
+    "started": _text(run.get("started", "")),
   }
-  tiles = "".join(
-    f"<div><dt>{key}</dt><dd>{html.escape(str(value))}</dd></div>"
-    for key, value in facts.items()
-    if value is not None
-  )
-  lead, _, numbers = html.escape(verdict(rows)).partition(":")
-  sentence = f"<b>{lead}:</b>{numbers}." if numbers else f"<b>{lead}.</b>"
-  return (
-    f"<header><h1>{html.escape(name)}</h1>"
-    f'<p class="verdict">{sentence}</p>{alarm}'
-    f'<dl class="facts">{tiles}</dl></header>'
-  )
+  return {name: words for name, words in facts.items() if words}
 
 
-def _evaluations(rows, problem):
-  """The table of probes with both baselines; other rows as they are."""
-  probes, others = {}, []
-  for row in rows:
-    known = row.get("encoder") in ("trained", "random", "pixels")
-    if known and _is_number(row.get("top1")):
-      features = row.get("features")
-      features = "" if row["encoder"] == "pixels" else features
-      key = (row.get("evaluation"), row.get("protocol"))
-      probes.setdefault(key, {})[features, row["encoder"]] = row
-    else:
-      others.append(row)
-  parts = [_missing(problem)] if problem else []
-  if probes:
-    parts.append(_probe_table(probes))
-  if others:
-    parts.append("<h3>Other measurements</h3>" + _plain_table(others))
-  if not rows and not problem:
-    parts.append(_missing("evaluations.json holds no rows"))
-  return "".join(parts)
-
-
-def _probe_table(probes):
-  """A row for each evaluation, protocol and features; top-1 in percent."""
-  lines, labels = [], {"linear": "linear probe", "knn": "k-NN"}
-  for (evaluation, protocol), scores in probes.items():
-    pixels = scores.get(("", "pixels"))
-    kinds = dict.fromkeys(f for f, encoder in scores if encoder != "pixels")
-    for features in kinds or {"": None}:
-      trained = scores.get((features, "trained"))
-      random = scores.get((features, "random"))
-      some = trained or random or pixels
-      counts = " / ".join(
-        f"{some[key]:,}" for key in ("n_train", "n_test") if key in some
-      )
-      cells = [
-        f"<th scope=row>{_text(evaluation)}</th>",
-        f"<td>{_text(labels.get(protocol, protocol))} {_text(features or '')}",
-        f'<td class="main">{_score(trained)}',
-        f"<td>{_score(random)}",
-        f"<td>{_score(pixels)}",
-        f"<td>{_versus(trained, random)}",
-        f"<td>{_versus(trained, pixels)}",
-        f'<td class="faint">{counts}',
-      ]
-      lines.append("<tr>" + "".join(cells))
-  return (
-    '<div class="wide"><table class="probes"><thead><tr>'
-    "<th>evaluation<th>protocol<th>trained<th>random<th>pixels"
-    "<th>over random<th>over pixels<th>train / test images"
-    f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
-    '<p class="note">Top-1 in percent ± one standard error of the test sample. '
-    "<i>Random</i> is the same architecture before training, <i>pixels</i> the "
-    "image itself. Differences below two standard errors are grey.</p>"
-  )
-
-
-def _plain_table(rows):
-  """Rows of any keys as they are."""
-  keys = list(dict.fromkeys(key for row in rows for key in row))
-  head = "".join(f"<th>{_text(key)}" for key in keys)
-  lines = "".join(
-    "<tr>" + "".join(f"<td>{_text(row.get(key, ''))}" for key in keys)
-    for row in rows
-  )
-  return (
-    f'<div class="wide"><table><thead><tr>{head}</thead>'
-    f"<tbody>{lines}</tbody></table></div>"
-  )
-
-
-def _curves(metrics, notes, problem):
-  """All metrics as charts: the known ones by section, then the others."""
-  if problem:
-    return _missing(problem)
-  if not metrics:
-    notes = [*notes, "metrics.jsonl holds no metrics yet."]
+def _curves(metrics):
+  """All metrics as charts, by section: the known ones, then the others."""
   sections = {title: dict(charts) for title, charts in CHARTS.items()}
-  known = {n for c in CHARTS.values() for names in c.values() for n in names}
-  for name in sorted(set(metrics) - known):
+  known = {
+    name: title
+    for charts in CHARTS.values()
+    for title, names in charts.items()
+    for name in names
+  }
+  for name in sorted(set(metrics) - set(known)):
+    group, _, _ = name.rpartition("/")
     if name.startswith("eval/"):
       if len(metrics[name][0]) < 2:
-        continue  # The table above says it already.
-      group = name.removeprefix("eval/").rpartition("/")[0] or "evaluation"
-      charts = sections.setdefault("Evaluations during training", {})
-      charts[group] = (*charts.get(group, ()), name)
+        continue  # the table of probes says it already
+      section = "Evaluations during training"
+      title = group.removeprefix("eval").strip("/") or "evaluation"
+    elif group:
+      section, title = "Other", f"{known.get(group, group)}, by part"
+    elif name.endswith("_norm"):
+      section, title = "Learning", "Norms"
     else:
-      sections.setdefault("Other", {})[name] = (name,)
-  parts = [f'<p class="note">{html.escape(note)}</p>' for note in notes]
-  absent = sorted(known - set(metrics))
+      section, title = "Other", name
+    charts = sections.setdefault(section, {})
+    charts[title] = (*charts.get(title, ()), name)
+  drawn = {}
   for section, charts in sections.items():
-    drawn = ""
     for title, names in charts.items():
-      series = [
-        (LINES.get(n, n.rpartition("/")[2]), *metrics[n])
-        for n in names
-        if n in metrics
-      ]
-      drawn += figures.line_chart(title, series) if series else ""
-    if drawn:
-      parts.append(f'<h3>{section}</h3><div class="charts">{drawn}</div>')
-  if absent and metrics:
-    parts.append(_missing("Not recorded: " + ", ".join(absent)))
-  return "".join(parts)
+      series = [(_line_name(n), *metrics[n]) for n in names if n in metrics]
+      if series:
+        number = sum(map(len, drawn.values()))
+        drawn.setdefault(section, []).append(_chart(title, series, number))
+  return drawn
+
+
+def _chart(title, series, number):
+  steps = np.concatenate([steps for _, steps, _ in series])
+  label = f"{title}, steps {steps.min():g} to {steps.max():g}"
+  return {
+    "title": title,
+    "lines": [
+      {
+        "name": name if len(series) > 1 else "",
+        "colour": i % figures.COLOURS,
+        "last": figures.number(values[-1]),
+      }
+      for i, (name, _, values) in enumerate(series)
+    ],
+    "notes": figures.notes(series),
+    "svg": figures.svg(figures.line_chart(series), f"chart-{number}", label),
+  }
+
+
+def _line_name(metric):
+  """What a line is called where a chart has several."""
+  name = metric.rpartition("/")[2]
+  for ending in ("_norm", "_seconds"):
+    name = name.removesuffix(ending)
+  return name.replace("_", " ")
+
+
+def _not_recorded(metrics):
+  known = {n for c in CHARTS.values() for names in c.values() for n in names}
+  absent = sorted(known - OPTIONAL - set(metrics))
+  return "Not recorded: " + ", ".join(absent) if metrics and absent else ""
 
 
 def _masks(pictures, problem):
-  """What the context encoder sees, and what is to be predicted."""
+  """Strips of pictures, None for an objective that has no masks."""
   names = ("masks_image", "masks_context", "masks_targets")
+  if not problem and not any(name in pictures for name in names):
+    return None
   problem = problem or _lacking(pictures, names)
   if problem:
-    return _missing(problem)
+    return {"problem": problem}
   images, contexts, targets = (pictures[name][:SHOWN] for name in names)
   if not (images.ndim == targets.ndim == 4 and contexts.ndim == 3):
-    return _missing("The mask arrays of pictures.npz have unexpected shapes")
-  strips = "".join(
-    '<div class="strip">'
-    + figures.mask_pictures(
-      image, context.astype(bool), blocks.astype(bool), name=f"mask-{i}"
+    return {"problem": "The mask arrays of pictures.npz have unexpected shapes"}
+  strips = []
+  for image, context, blocks in zip(images, contexts, targets, strict=False):
+    context, blocks = context.astype(bool), blocks.astype(bool)
+    seen, predicted = figures.mask_pictures(image, context, blocks)
+    sizes = ", ".join(str(int(block.sum())) for block in blocks)
+    visible = f"context: {int(context.sum())} of {context.size} patches"
+    strips.append(
+      [
+        _picture(image, "image"),
+        _picture(seen, visible),
+        _picture(predicted, f"targets: {sizes} patches"),
+      ]
     )
-    + "</div>"
-    for i, (image, context, blocks) in enumerate(
-      zip(images, contexts, targets, strict=False)
-    )
-  )
-  return (
-    "<p>From the context alone the predictor says what the target encoder says "
-    f'of each coloured block.</p><div class="strips">{strips}</div>'
-  )
+  return {"problem": "", "strips": strips}
 
 
 def _features(pictures, problem):
-  """Patch features of held-out images, coloured by PCA."""
+  """Strips of patch features of held-out images, coloured by PCA."""
+  if not problem and not {"features_image", "features"} & set(pictures):
+    return None
   problem = problem or _lacking(pictures, ("features_image", "features"))
   if problem:
-    return _missing(problem)
+    return {"problem": problem}
   images = pictures["features_image"][:SHOWN]
   if images.ndim != 4:
-    return _missing("features_image in pictures.npz has an unexpected shape")
+    shape = "features_image in pictures.npz has an unexpected shape"
+    return {"problem": shape}
   columns, notes = [(images, "image", False)], []
   for name, words in (("features", "trained"), ("features_random", "random")):
     if name not in pictures:
@@ -397,96 +319,30 @@ def _features(pictures, problem):
       columns.append((colours, "its patches", False))
     percents = " + ".join(f"{100 * share:.0f}" for share in shares)
     notes.append(f"{words}: {percents} % of the variance shown")
-  strips = "".join(
-    '<div class="strip">'
-    + "".join(
-      figures.picture(pixels[i], words, smooth=smooth)
+  strips = [
+    [
+      _picture(pixels[i], words, smooth=smooth)
       for pixels, words, smooth in columns
       if i < len(pixels)
-    )
-    + "</div>"
+    ]
     for i in range(len(images))
-  )
-  return (
-    "<p>Patch features of held-out images: their first three principal "
-    "components over all the images shown, as red, green and blue. Like "
-    f'colours are like features.</p><div class="strips">{strips}</div>'
-    f'<p class="note">{html.escape("; ".join(notes))}.</p>'
-  )
+  ]
+  return {"problem": "", "strips": strips, "notes": notes}
 
 
-def _tree_or_note(values, problem):
-  return _missing(problem) if problem else _tree(values)
-
-
-def _tree(values):
-  """A nested dict: leaves in a table, dicts folded beneath it."""
-  leaves = "".join(
-    f"<tr><th scope=row>{_text(key)}<td>{_text(value)}"
-    for key, value in values.items()
-    if not isinstance(value, dict)
-  )
-  folded = "".join(
-    f"<details><summary>{_text(key)} <small>{len(value)}</small></summary>"
-    f"{_tree(value)}</details>"
-    for key, value in values.items()
-    if isinstance(value, dict)
-  )
-  table = f'<table class="leaves"><tbody>{leaves}</tbody></table>'
-  return (table if leaves else "") + folded or '<p class="missing">Empty.</p>'
-
-
-def _best(rows, evaluation, protocol):
-  """{encoder: its row of highest top1}."""
-  best = {}
-  for row in rows:
-    if (row.get("evaluation"), row.get("protocol")) != (evaluation, protocol):
-      continue
-    encoder, score = row.get("encoder"), row.get("top1")
-    if _is_number(score) and score > best.get(encoder, {"top1": -1})["top1"]:
-      best[encoder] = row
-  return best
-
-
-def _error(row):
-  """Standard error of a row's top1, in percent; 0 where n_test is missing."""
-  share, count = row["top1"] / 100, row.get("n_test")
-  if not _is_number(count) or count <= 0 or not 0 <= share <= 1:
-    return 0.0
-  return 100 * math.sqrt(share * (1 - share) / count)
-
-
-def _difference(row, baseline):
-  """Points, and its sign: 0 when below two standard errors."""
-  difference = row["top1"] - baseline["top1"]
-  if abs(difference) <= 2 * math.hypot(_error(row), _error(baseline)):
-    return difference, 0
-  return difference, 1 if difference > 0 else -1
-
-
-def _score(row):
-  if row is None:
-    return '<span class="faint">–</span>'
-  error = _error(row)
-  spread = f' <small class="faint">±{error:.1f}</small>' if error else ""
-  return f"{row['top1']:.1f}{spread}"
-
-
-def _versus(row, baseline):
-  if row is None or baseline is None:
-    return '<span class="faint">–</span>'
-  difference, sign = _difference(row, baseline)
-  style = {1: "good", 0: "faint", -1: "bad"}[sign]
-  return f'<span class="{style}">{_signed(difference)}</span>'
-
-
-def _signed(value):
-  return f"{value:+.1f}".replace("-", "−")
+def _picture(pixels, caption, *, smooth=False):
+  """An image of the page: small ones stay squares unless `smooth`."""
+  smooth = smooth or max(pixels.shape[:2]) >= 100
+  return {
+    "uri": figures.png_uri(pixels),
+    "caption": caption,
+    "scaling": "smooth" if smooth else "squares",
+  }
 
 
 def _duration(seconds):
   if not _is_number(seconds) or not math.isfinite(seconds):
-    return None
+    return ""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:
@@ -499,16 +355,7 @@ def _is_number(value):
 
 
 def _text(value):
-  value = value if isinstance(value, str) else json.dumps(value, default=str)
-  return html.escape(value)
-
-
-def _section(title, content):
-  return f"<section><h2>{title}</h2>{content}</section>"
-
-
-def _missing(words):
-  return f'<p class="missing">{html.escape(words)}.</p>'
+  return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _lacking(pictures, names):

@@ -1,0 +1,206 @@
+"""The trained encoder against its baselines, from rows of evaluations.
+
+A row is a dict: evaluation; protocol, and its title; score (the name of the
+number that judges), unit and higher_is_better; features; encoder ("trained",
+"random" or "pixels"); that number; and any others, of which standard_error,
+n_train and n_test are read.
+"""
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+  """One sentence: the trained encoder against its two baselines.
+
+  Judges by the first protocol of each evaluation; of several features ("last",
+  "last4") each encoder's best counts. A difference below two standard errors of
+  the test sample is no difference.
+
+  Args:
+    rows: see above; others are ignored.
+
+  Returns:
+    Plain text.
+  """
+  clauses, helped, unhelped, behind_pixels = [], [], [], []
+  for name, scored in _first_protocols(rows).items():
+    trained = scored["trained"]
+    differences = []
+    for encoder, words in (
+      ("random", "the random encoder"),
+      ("pixels", "pixels"),
+    ):
+      if encoder not in scored:
+        continue
+      text, sign = _difference(trained, scored[encoder])
+      differences.append(f"{text} over {words}")
+      if encoder == "random":
+        (helped if sign > 0 else unhelped).append(name)
+      elif sign <= 0:
+        behind_pixels.append(name)
+    key, unit = trained["score"], trained["unit"]
+    value = _number(trained) + (f" {unit}" if unit else "")
+    if unit != "%":
+      value = f"{key} {value}"
+    if not trained["higher_is_better"]:
+      differences.append("lower is better")
+    clauses.append(
+      f"{trained['title']} on {name} {value} ({', '.join(differences)})"
+    )
+  if not clauses:
+    return "No probe with a baseline yet, so nothing is known of the features"
+  if unhelped and not helped:
+    lead = "Training did not help on " + " and ".join(unhelped)
+  elif unhelped:
+    lead = f"Training helped on {' and '.join(helped)}, not on " + " or ".join(
+      unhelped
+    )
+  elif behind_pixels:
+    lead = "Training helped, but raw pixels are not beaten on " + " and ".join(
+      behind_pixels
+    )
+  else:
+    lead = "The trained encoder beats its baselines"
+  return f"{lead}: {'; '.join(clauses)}"
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """Lines of a table, as text: a protocol and its features each.
+
+  Args:
+    rows: see above; others are ignored.
+
+  Returns:
+    Dicts with evaluation, title, features, score (what it is), counts; scores,
+    of trained, random and pixels, with text and error; and over, the difference
+    to random and to pixels, with text and verdict ("good", "bad", "faint" where
+    it is below two standard errors). None where there is no such row.
+  """
+  tables = {}  # by evaluation and protocol: rows by features and encoder
+  for row in filter(compares, rows):
+    features = "" if row["encoder"] == "pixels" else row.get("features")
+    key = (row.get("evaluation"), row.get("protocol"))
+    row = _judged(row)
+    tables.setdefault(key, {})[features, row["encoder"]] = row
+  lines = []
+  for (evaluation, _), table in tables.items():
+    kinds = dict.fromkeys(f for f, encoder in table if encoder != "pixels")
+    for features in kinds or {"": None}:
+      scored = {
+        "trained": table.get((features, "trained")),
+        "random": table.get((features, "random")),
+        "pixels": table.get(("", "pixels")),
+      }
+      some = next(row for row in scored.values() if row)
+      lines.append(
+        {
+          "evaluation": evaluation,
+          "title": some["title"],
+          "features": features or "",
+          "score": _score_words(some),
+          "counts": " / ".join(
+            f"{some[key]:,}"
+            for key in ("n_train", "n_test")
+            if _is_number(some.get(key))
+          ),
+          "scores": [_cell(row) for row in scored.values()],
+          "over": [
+            _over(scored["trained"], scored[name])
+            for name in ("random", "pixels")
+          ],
+        }
+      )
+  return lines
+
+
+def compares(row: Row) -> bool:
+  """Whether a row is a finite score of a known encoder."""
+  score = row.get(row.get("score", "top1"))
+  known = row.get("encoder") in ("trained", "random", "pixels")
+  return known and _is_number(score) and math.isfinite(score)
+
+
+def _judged(row):
+  """A row with all that tells how to read it.
+
+  Rows of versions before 0.2 say nothing of their score: it was top1.
+  """
+  defaults = {"score": "top1", "unit": "%", "higher_is_better": True}
+  row = defaults | {"title": str(row.get("protocol"))} | row
+  count = row.get("n_test")
+  if "standard_error" not in row and row["unit"] == "%" and _is_number(count):
+    share = min(max(row[row["score"]] / 100, 0), 1)
+    row["standard_error"] = 100 * math.sqrt(share * (1 - share) / max(count, 1))
+  return row
+
+
+def _first_protocols(rows):
+  """{evaluation: {encoder: best row}} by its first protocol with a baseline."""
+  best = {}
+  for row in map(_judged, filter(compares, rows)):
+    name, encoder = str(row.get("evaluation")), row["encoder"]
+    rival = best.setdefault(name, {}).setdefault(row.get("protocol"), {})
+    if encoder not in rival or _gain(row, rival[encoder]) > 0:
+      rival[encoder] = row
+  return {
+    name: next(iter(protocols))
+    for name, all_protocols in best.items()
+    if (
+      protocols := [
+        scored
+        for scored in all_protocols.values()
+        if "trained" in scored and len(scored) > 1
+      ]
+    )
+  }
+
+
+def _gain(row, baseline):
+  """How much better a row's score is than a baseline's."""
+  gain = row[row["score"]] - baseline[row["score"]]
+  return gain if row["higher_is_better"] else -gain
+
+
+def _difference(row, baseline):
+  """Text, and 1 or -1 for better or worse; 0 below two standard errors."""
+  key, gain = row["score"], _gain(row, baseline)
+  errors = [x.get("standard_error") or 0 for x in (row, baseline)]
+  sign = 0 if abs(gain) <= 2 * math.hypot(*errors) else math.copysign(1, gain)
+  return _format(row[key] - baseline[key], row["unit"], "+"), sign
+
+
+def _over(row, baseline):
+  if row is None or baseline is None:
+    return None
+  text, sign = _difference(row, baseline)
+  return {"text": text, "verdict": {1: "good", 0: "faint", -1: "bad"}[sign]}
+
+
+def _cell(row):
+  if row is None:
+    return None
+  error = row.get("standard_error")
+  error = _format(error, row["unit"]) if error else ""
+  return {"text": _number(row), "error": error}
+
+
+def _score_words(row):
+  words = f"{row['score']} {row['unit']}".strip()
+  return words if row["higher_is_better"] else f"{words}, lower is better"
+
+
+def _number(row):
+  return _format(row[row["score"]], row["unit"])
+
+
+def _format(value, unit, sign=""):
+  digits = 1 if unit == "%" else 3
+  return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def _is_number(value):
+  return isinstance(value, int | float) and not isinstance(value, bool)
