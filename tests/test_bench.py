@@ -102,12 +102,6 @@ def test_data_times_the_pipeline_of_a_config(config, scenes_dir, one_core):
   assert config.data.threads == 0
 
 
-def test_missing_pillow_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(pil, "has_pillow", lambda: False)
-  with pytest.raises(ValueError, match=r"jepa_jax\[test\]"):
-    data.measure(None, cores=1)
-
-
 def test_resume_reads_the_batch_of_its_step(monkeypatch):
   monkeypatch.setattr(data, "SHARDS", 3)
   rows = data.resume(batch_size=2, records=2051, step=5000)

@@ -53,18 +53,13 @@ def measure(
     the pipeline's time that decoding takes.
 
   Raises:
-    ValueError: Pillow is missing, or the config's data cannot be read.
+    ValueError: the config's data cannot be read.
   """
   from jepa_jax import config as config_lib
 
   with contextlib.ExitStack() as stack:
     turns: dict[str, Callable[[], float]] = {}
     if config is None:
-      if not pil_lib.has_pillow():
-        raise ValueError(
-          'Pillow is missing; pip install "jepa_jax[test]" to compare with it,'
-          " or time a --config alone."
-        )
       config = config_lib.defaults()
       config.batch_size = batch_size
       config.data.source = "folder"

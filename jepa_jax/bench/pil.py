@@ -136,11 +136,3 @@ def random_crop(
   w = min(width, round(height * ratio[1]))
   h = min(height, round(width / ratio[0]))
   return (width - w) // 2, (height - h) // 2, w, h
-
-
-def has_pillow() -> bool:
-  try:
-    import PIL.Image  # noqa: F401
-  except ImportError:
-    return False
-  return True
