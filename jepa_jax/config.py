@@ -29,7 +29,7 @@ def defaults() -> ml_collections.ConfigDict:
   c.seed = 0  # of parameters, order, augmentation and masks
   c.objective = "ijepa"  # or "my_package.module:Name"
   c.batch_size = 2048  # images a step, over all devices and processes
-  c.accumulate_steps = 1  # slices of a batch that go through one by one
+  c.accumulate_steps = 1  # microbatches of a batch, one after the other
   c.total = "300 epochs"  # how long to train
   c.init_from = ""  # weights to start from, see jepa_jax.load; "": random
   c.init_which = "target"  # or "context", into both encoders; or "all"
@@ -40,6 +40,7 @@ def defaults() -> ml_collections.ConfigDict:
   # Of the TFDS data set, the folder, or "0.7 tfds:NAME + 0.3 folder:DIR".
   c.data.name = "imagenet2012"
   c.data.split = "train"  # TFDS split; slices such as train[:1%] too
+  c.data.label = ""  # that a supervised objective learns; others need none
   c.data.data_dir = ""  # where TFDS keeps its data; "": its default
   c.data.num_examples = 0  # images an epoch; 0: count them
   c.data.num_scenes = (8000, 2000)  # rendered for train and test ("scenes")
@@ -92,23 +93,23 @@ def defaults() -> ml_collections.ConfigDict:
   c.optimizer.eps = 1e-8
   c.optimizer.mu_dtype = "float32"  # of the first moment; or "bfloat16"
   c.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
+  # (pattern of a parameter's path, factor of its learning rate and decay), the
+  # first that matches: (("encoder/patch_embed", 0.0),) keeps it as it is.
+  c.optimizer.lr_scale = ()
   c.momentum = (0.996, 1.0)  # of the target encoder, start and end; linear
 
   c.compute = ml_collections.ConfigDict()
   c.compute.dtype = "bfloat16"  # of activations; parameters are float32
   c.compute.scan = True  # one compiled block for all; False unrolls
-  # Parts of a slice that need not wait for each other, with the memory of all:
-  # a CPU's cores work on one each. More to compile; only tried on a CPU.
-  c.compute.parts = 1
   # What the backward pass computes again to save memory, besides GELU and
   # LayerNorm, which it always does: "none", "products"
   # (all but matrix products), "dots" (all but products with weights) or
   # "full"; in every n-th block.
   c.compute.remat = "none"
   c.compute.remat_every = 1
-  # "own"; "pallas", which on a TPU is one kernel (compiled for TPUs, not run
-  # on one); or jax.nn.dot_product_attention's "xla" or "cudnn" (NVIDIA GPUs).
-  c.compute.attention = "own"
+  # "xla"; "pallas", which on a TPU is one kernel (compiled for TPUs, not run
+  # on one); or "cudnn" (NVIDIA GPUs, 16 bits).
+  c.compute.attention = "xla"
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
   c.mesh.data = -1  # splits the batch
   c.mesh.fsdp = 1  # splits the batch, parameters and their moments
@@ -185,10 +186,15 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     return tuple(map(restore, value)) if isinstance(value, list) else value
 
   try:
-    stored = restore(json.loads(path.read_text()))
-  except ValueError as error:
+    stored = json.loads(path.read_text())
+    # An older version had other names, and lacks keys that are newer.
+    compute = stored.get("compute", {})
+    if compute.get("attention") == "own":
+      compute["attention"] = "xla"
+    compute.pop("parts", None)  # changed no result
+    stored = restore(stored)
+  except (AttributeError, ValueError) as error:
     raise ValueError(f"{path} cannot be read: {error}.") from None
-  # A run of an older version lacks keys that are newer.
   config = defaults()
   with config.ignore_type():
     config.update(stored)
@@ -278,9 +284,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   choose("loss", config.loss, ("smooth_l1", "l2"))
   choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
   choose("mu_dtype", config.optimizer.mu_dtype, ("float32", "bfloat16"))
-  choose(
-    "attention", config.compute.attention, ("own", "pallas", "xla", "cudnn")
-  )
+  choose("attention", config.compute.attention, ("xla", "pallas", "cudnn"))
   if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
     raise ValueError(
       'compute.attention is "cudnn", which computes in 16 bits, and '
@@ -305,22 +309,29 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"data.{name} has {len(data[name])} values for {data.channels} "
         "channels; give one a channel."
       )
-  sizes = (config.batch_size, config.accumulate_steps, config.compute.parts)
+  sizes = (config.batch_size, config.accumulate_steps)
   if min(sizes) < 1:
     raise ValueError(
-      "batch_size {}, accumulate_steps {} and compute.parts {} need to be at "
-      "least 1.".format(*sizes)
+      "batch_size {} and accumulate_steps {} need to be at least 1.".format(
+        *sizes
+      )
     )
-  if config.batch_size % math.prod(sizes[1:]):
+  if sizes[0] % sizes[1]:
     raise ValueError(
-      "batch_size {} is not a multiple of accumulate_steps {} times "
-      "compute.parts {}; change one of them.".format(*sizes)
+      "batch_size {} is not a multiple of accumulate_steps {}; change one of "
+      "them.".format(*sizes)
     )
   for name, network in (("encoder", encoder), ("predictor", config.predictor)):
     if network.width % network.num_heads or network.width % 4:
       raise ValueError(
         f"{name}.width {network.width} needs to be a multiple of 4 and of "
         f"its {network.num_heads} heads."
+      )
+  for pair in config.optimizer.lr_scale:
+    if not isinstance(pair, tuple) or len(pair) != 2 or not pair[1] >= 0:
+      raise ValueError(
+        f"optimizer.lr_scale has {pair!r}; it needs pairs of a pattern and a "
+        'factor of at least 0, such as ("encoder", 0.1).'
       )
   for pair in config.sharding:
     if not isinstance(pair, tuple) or len(pair) != 2:

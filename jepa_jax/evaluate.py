@@ -92,7 +92,7 @@ def evaluate(
     return extracted[key, encoder], extracted[key, settings.label]
 
   rows = []
-  width = program.objective.encoder.width
+  width = program.objective.networks["encoder"].width
   for name in names:
     settings = config.evaluations[name]
     sets = {}
@@ -215,7 +215,6 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
   from jepa_jax import config as config_lib
   from jepa_jax import models
   from jepa_jax.data import pipeline
-  from jepa_jax.objectives import ijepa
   from jepa_jax.training import sharding
 
   config = ml_collections.ConfigDict(program.config)
@@ -229,7 +228,8 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
 
   arrays = {}
   if "context_ids" in program.batch_spec:
-    batch = next(pipeline.train_dataset(config).as_numpy_iterator())
+    dataset = pipeline.train_dataset(config, program.batch_spec)
+    batch = next(dataset.as_numpy_iterator())
     batch = {name: value[:count] for name, value in batch.items()}
     context = cover(batch["context_ids"], batch["context_valid"])
     arrays["masks_image"] = batch["image"]
@@ -248,26 +248,20 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
   def patches(params, images):
-    images = ijepa.normalize_images(images, config.data.mean, config.data.std)
+    images = models.normalize_images(images, config.data.mean, config.data.std)
     x = _encoder(program).apply({"params": params}, images)
     return x.reshape(len(images), h, w, -1).astype("float32")
 
-  trained = encoder_params(state)
+  trained = state.network("encoder")
   arrays["features"] = np.asarray(patches(trained, images))
-  random = encoder_params(program.init(config.seed))
+  random = program.init(config.seed).network("encoder")
   arrays["features_random"] = np.asarray(patches(random, images))
   return arrays
 
 
-def encoder_params(state: Any) -> Any:
-  """Parameters of the encoder that is evaluated: the target's, if any."""
-  networks = state.target_params or state.params
-  return networks["encoder"]
-
-
 def _encoder(program: Any) -> Any:
   """The encoder, with attention that any batch on any mesh can have."""
-  encoder = program.objective.encoder
+  encoder = program.objective.networks["encoder"]
   return (
     encoder.clone(attention="own") if encoder.attention == "pallas" else encoder
   )
@@ -282,8 +276,8 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
   """Name -> function from uint8 images to features [B, D]."""
   import jax
 
+  from jepa_jax import models
   from jepa_jax.evaluation import features as features_lib
-  from jepa_jax.objectives import ijepa
   from jepa_jax.training import sharding
 
   data = program.config.data
@@ -292,7 +286,7 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
 
   @jax.jit
   def pooled(params, images):
-    images = ijepa.normalize_images(images, data.mean, data.std)
+    images = models.normalize_images(images, data.mean, data.std)
     x = _encoder(program).apply({"params": params}, images, layers=layers)
     return x.astype("float32").mean(axis=1)
 
@@ -300,10 +294,10 @@ def _encoders(program: Any, state: Any, settings: Any) -> dict[str, Any]:
     put = jax.make_array_from_process_local_data
     return lambda images: pooled(params, put(split, images))
 
-  encoders = {"trained": encode_with(encoder_params(state))}
+  encoders = {"trained": encode_with(state.network("encoder"))}
   if "random" in settings.baselines:
     random = program.init(program.config.seed)
-    encoders["random"] = encode_with(encoder_params(random))
+    encoders["random"] = encode_with(random.network("encoder"))
   if "pixels" in settings.baselines:
     encoders["pixels"] = features_lib.raw_pixels
   return encoders

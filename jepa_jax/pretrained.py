@@ -34,7 +34,6 @@ import numpy as np
 from jepa_jax import convert, models
 from jepa_jax.convert import hugging_face, table
 from jepa_jax.convert import weights as weights_lib
-from jepa_jax.objectives import ijepa
 from jepa_jax.training import program as program_lib
 
 EXPORTED = "encoder.stablehlo"
@@ -65,7 +64,7 @@ class Preprocessing:
 
   def __call__(self, images: Any) -> jax.Array:
     """Normalises uint8 [B, H, W, C]; floats are taken as normalised."""
-    return ijepa.normalize_images(jnp.asarray(images), self.mean, self.std)
+    return models.normalize_images(jnp.asarray(images), self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

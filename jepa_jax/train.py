@@ -10,11 +10,7 @@ with everything saved.
 import argparse
 from collections.abc import Iterable
 import json
-import math
 import pathlib
-import resource
-import sys
-import time
 from typing import Any
 
 from jepa_jax import command
@@ -55,96 +51,35 @@ def train_and_evaluate(
     ValueError: config or workdir are not fit; FloatingPointError: the loss is
       not finite.
   """
-  import jax
-
-  from jepa_jax import config as config_lib
-  from jepa_jax import evaluate, pretrained
-  from jepa_jax.data import pipeline
+  from jepa_jax import evaluate
   from jepa_jax.training import checkpoints as checkpoints_lib
-  from jepa_jax.training import feed, sharding
+  from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
-  from jepa_jax.training import program as program_lib
 
   workdir = pathlib.Path(workdir)
-  config_lib.check(config)
-  claim = describe(config)
-  unreadable = pipeline.Unreadable(config.data.max_unreadable)
-  with distributed.first_process_first("data"):
-    check_workdir(claim, workdir)
-    config = evaluate.resolve(config)
-    program = program_lib.build(config, sharding.make_mesh(config.mesh))
-    open_data = lambda start: pipeline.train_dataset(
-      config,
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      unreadable=unreadable,
-    )
-    # What is wrong with any data shows here, not after hours of training.
-    dataset = open_data(0)
-    evaluate.check_data(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not jax.process_index():
-      text = json.dumps(claim, indent=2) + "\n"
-      (workdir / "config.json").write_text(text)
-  save_every, evaluate_every = (
-    config_lib.steps(config, key)
-    for key in ("checkpoint.every", "evaluate_every")
-  )
+  program, open_data, unreadable = _prepare(config, workdir)
+  config = program.config
   end = min(stop_at or program.total_steps, program.total_steps)
-
   with (
     distributed.Stopper() as stopper,
     checkpoints_lib.Checkpoints(
       workdir / "checkpoints", config.checkpoint
     ) as checkpoints,
   ):
-    state = None
-    if config.checkpoint.resume:
-      state = checkpoints.restore(program.state_spec)
-    elif checkpoints.steps():
-      raise ValueError(
-        f"{workdir} holds checkpoints and checkpoint.resume is off; use "
-        "another workdir."
-      )
-    if state is None:
-      state = program.init(config.seed)
-      if config.init_from:
-        state = pretrained.warm_start(
-          state,
-          config.init_from,
-          which=config.init_which,
-          strict=config.init_strict,
-        )
+    state = _first_state(program, checkpoints, workdir)
     start = int(state.step)
-    if start:
-      dataset = open_data(start)
     run = log_lib.Run(workdir, program, start)
     with (
       log_lib.Log(workdir, start=start, total=program.total_steps) as log,
       log_lib.Trace(workdir / "profile", config.profile) as trace,
       feed.Feed(
-        dataset.as_numpy_iterator(),
+        open_data(start).as_numpy_iterator(),
         program.batch_spec,
         config.data.prefetch,
       ) as batches,
     ):
-      loop = Loop(program, state, batches, log, stopper, unreadable, end)
-      while loop.step < end and not stopper.stopped:
-        trace.at(loop.step, loop.state)
-        due = (save_every, evaluate_every)
-        loop.advance(_next_due(loop.step, due, (*trace.bounds, end)))
-        if loop.step == end or stopper.stopped:
-          break  # what is due then follows below
-        if evaluate_every and loop.step % evaluate_every == 0:
-          rows = evaluate.evaluate(program, loop.state)
-          log.write(loop.step, evaluate.scores(rows))
-          loop.meter.check()
-          checkpoints.save(loop.state, evaluate.best(rows, config))
-          loop.meter.pause()
-        elif save_every and loop.step % save_every == 0:
-          loop.meter.check()
-          checkpoints.save(loop.state)
+      loop = _make_loop(program, state, batches, log, stopper, unreadable, end)
+      _train(loop, program, checkpoints, log, trace, stopper, end)
       loop.meter.check()
       checkpoints.finish(loop.state)
       run.write(loop.step, loop.meter.images_per_second)
@@ -158,183 +93,139 @@ def train_and_evaluate(
   return 0
 
 
+def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
+  """Program, function from a step to its data, and what could not be read.
+
+  All that is wrong with config, workdir, data and evaluations shows here, not
+  after hours of training; only then is the workdir made.
+  """
+  import jax
+
+  from jepa_jax import config as config_lib
+  from jepa_jax import evaluate
+  from jepa_jax.data import pipeline
+  from jepa_jax.data import unreadable as unreadable_lib
+  from jepa_jax.training import program as program_lib
+  from jepa_jax.training import sharding
+
+  config_lib.check(config)
+  claim = describe(config)
+  unreadable = unreadable_lib.Unreadable(config.data.max_unreadable)
+  with distributed.first_process_first("data"):
+    check_workdir(claim, workdir)
+    config = evaluate.resolve(config)
+    program = program_lib.build(config, sharding.make_mesh(config.mesh))
+    open_data = lambda start: pipeline.train_dataset(
+      config,
+      program.objective.batch_spec(config.batch_size),
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      unreadable=unreadable,
+    )
+    open_data(0)
+    evaluate.check_data(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not jax.process_index():
+      text = json.dumps(claim, indent=2) + "\n"
+      (workdir / "config.json").write_text(text)
+  return program, open_data, unreadable
+
+
+def _first_state(program: Any, checkpoints: Any, workdir: pathlib.Path) -> Any:
+  """The newest checkpoint's state, or a fresh one, perhaps with weights."""
+  config = program.config
+  if config.checkpoint.resume:
+    state = checkpoints.restore(program.state_spec)
+    if state is not None:
+      return state
+  elif checkpoints.steps():
+    raise ValueError(
+      f"{workdir} holds checkpoints and checkpoint.resume is off; use "
+      "another workdir."
+    )
+  state = program.init(config.seed)
+  if config.init_from:
+    from jepa_jax import pretrained
+
+    state = pretrained.warm_start(
+      state,
+      config.init_from,
+      which=config.init_which,
+      strict=config.init_strict,
+    )
+  return state
+
+
+def _make_loop(
+  program: Any,
+  state: Any,
+  batches: Any,
+  log: Any,
+  stopper: Any,
+  unreadable: Any,
+  end: int,
+) -> Any:
+  """The loop, with what it is to watch."""
+  from jepa_jax.evaluation import collapse
+  from jepa_jax.planning import chips
+  from jepa_jax.training import loop as loop_lib
+
+  limits = program.config.collapse.to_dict()
+  chip = chips.find(program.mesh.devices.flat[0])
+  return loop_lib.Loop(
+    program,
+    state,
+    batches,
+    log,
+    stopper,
+    end,
+    watch=collapse.collapse_metrics,
+    alarm=lambda row: collapse.collapse_warning(row, limits),
+    skipped=unreadable.news,
+    peak_flops=chip and chip.bfloat16_flops,
+  )
+
+
+def _train(
+  loop: Any,
+  program: Any,
+  checkpoints: Any,
+  log: Any,
+  trace: Any,
+  stopper: Any,
+  end: int,
+) -> None:
+  """Trains until `end` or a signal; saves and evaluates where it is due."""
+  from jepa_jax import config as config_lib
+  from jepa_jax import evaluate
+
+  config = program.config
+  save_every, evaluate_every = (
+    config_lib.steps(config, key)
+    for key in ("checkpoint.every", "evaluate_every")
+  )
+  while loop.step < end and not stopper.stopped:
+    trace.at(loop.step, loop.state)
+    due = (save_every, evaluate_every)
+    loop.advance(_next_due(loop.step, due, (*trace.bounds, end)))
+    if loop.step == end or stopper.stopped:
+      return  # what is due then is done after the loop
+    if evaluate_every and loop.step % evaluate_every == 0:
+      rows = evaluate.evaluate(program, loop.state)
+      log.write(loop.step, evaluate.scores(rows))
+      loop.meter.check()
+      checkpoints.save(loop.state, evaluate.best(rows, config))
+      loop.meter.pause()
+    elif save_every and loop.step % save_every == 0:
+      loop.meter.check()
+      checkpoints.save(loop.state)
+
+
 def _next_due(step: int, every: Iterable[int], at: Iterable[int]) -> int:
   """The first step after `step` with something to do beside training."""
   due = [(step // n + 1) * n for n in every if n]
   return min([*due, *(n for n in at if n > step)])
-
-
-class Loop:
-  """What happens at every step; the benchmark of the loop times the same.
-
-  Attributes:
-    state: the newest TrainState.
-    step: steps done.
-    meter: see Meter.
-  """
-
-  def __init__(
-    self,
-    program: Any,
-    state: Any,
-    batches: Any,
-    log: Any,
-    stopper: Any,
-    unreadable: Any,
-    end: int,
-  ):
-    """Takes the parts of a run; nothing happens yet.
-
-    Args:
-      program: training.program.Program.
-      state: TrainState to start from.
-      batches: training.feed.Feed.
-      log: training.log.Log.
-      stopper: training.distributed.Stopper.
-      unreadable: data.pipeline.Unreadable.
-      end: step whose row is written in any case.
-    """
-    from jepa_jax import config as config_lib
-
-    self.state = state
-    self.step = self._start = int(state.step)
-    self.meter = Meter(program, batches, unreadable)
-    self._program = program
-    self._batches = batches
-    self._log = log
-    self._log_every = max(1, config_lib.steps(program.config, "log_every"))
-    self._stopper = stopper
-    self._end = end
-
-  def advance(self, until: int) -> None:
-    """Trains until that step is done, or until the stopper says so."""
-    while self.step < until and not self._stopper.stopped:
-      batch = next(self._batches)
-      self.state, metrics, features = self._program.step(self.state, batch)
-      self.step += 1
-      self.meter.add(self.step, metrics)
-      self._log.step()
-      if (
-        self._stopper.check(self.step)
-        or self.step in (self._start + 1, self._end)
-        or self.step % self._log_every == 0
-      ):
-        self._write(features)
-
-  def _write(self, features: Any) -> None:
-    row = self.meter.read(features)
-    self._log.write(self.step, row)
-    if warning := self.meter.warning(row):
-      self._log.say(f"step {self.step}: {warning}")
-    for line in self.meter.skipped():
-      self._log.say(line, everywhere=True)
-
-
-class Meter:
-  """Collects the metrics of steps without waiting for the device."""
-
-  def __init__(self, program: Any, batches: Any, unreadable: Any):
-    """Takes what it reads; see Loop."""
-    import jax
-
-    from jepa_jax.evaluation import collapse
-    from jepa_jax.models import flops
-    from jepa_jax.planning import chips
-
-    self._config = program.config
-    self._batches = batches
-    self._unreadable = unreadable
-    self._devices = program.mesh.size
-    chip = chips.find(program.mesh.devices.flat[0])
-    self._peak = chip and chip.bfloat16_flops * self._devices
-    self._flops = flops.step(program.objective, self._config.batch_size)
-    self._losses: list[tuple[int, Any]] = []
-    self._metrics: dict[str, Any] = {}
-    self._named: set[str] = set()
-    self._collapse = jax.jit(
-      lambda features: collapse.collapse_metrics(features[:256])
-    )
-    self._images = 0  # since the first step, which compiles
-    self._seconds = 0.0
-    self._since: float | None = None
-    self._steps = 0
-
-  def add(self, step: int, metrics: dict[str, Any]) -> None:
-    """Takes the metrics of a step, still on the device."""
-    self._losses.append((step, metrics["loss"]))
-    self._metrics = metrics
-    self._steps += 1
-
-  def check(self) -> None:
-    """Raises FloatingPointError at a loss that is not finite."""
-    import jax
-
-    # All at once: one wait for the device, not one a step.
-    self._losses = jax.device_get(self._losses)
-    for step, loss in self._losses:
-      if not math.isfinite(loss):
-        raise FloatingPointError(
-          f"the loss of step {step} is {loss}; the last checkpoint "
-          "is of a step before it. Try a lower optimizer.lr, a longer "
-          "optimizer.warmup or optimizer.clip_norm=1."
-        )
-
-  def read(self, features: Any) -> dict[str, float]:
-    """The row of the log since the last call; waits for the device."""
-    import jax
-
-    collapse = self._collapse(features)
-    self.check()
-    row = jax.device_get(self._metrics | collapse)
-    row = {name: float(value) for name, value in row.items()}
-    losses = [float(loss) for _, loss in self._losses]
-    row["loss"] = sum(losses) / len(losses)
-    now = time.perf_counter()
-    if self._since is not None:
-      seconds = now - self._since
-      images = self._steps * self._config.batch_size
-      row["step_seconds"] = seconds / self._steps
-      row["images_per_second"] = images / seconds
-      row["images_per_second_per_chip"] = images / seconds / self._devices
-      if self._peak and self._flops:  # no peak is known of a CPU
-        done = self._flops * self._steps / seconds
-        row["model_flops_utilisation"] = done / self._peak
-      row["data_wait_seconds"] = self._batches.wait_seconds / self._steps
-      self._images += images
-      self._seconds += seconds
-    # The pipeline's share too: it lives in this process. Linux counts in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row["host_memory_gib"] = peak / (
-      2**30 if sys.platform == "darwin" else 2**20
-    )
-    self.pause()
-    return row
-
-  @property
-  def images_per_second(self) -> float | None:
-    """Of the whole run, compilation left out; None before the second row."""
-    return self._images / self._seconds if self._seconds else None
-
-  def pause(self) -> None:
-    """Starts the clock anew, after work that is not training."""
-    self._losses = []
-    self._steps = 0
-    self._batches.wait_seconds = 0.0
-    self._since = time.perf_counter()
-
-  def warning(self, row: dict[str, float]) -> str:
-    """A loud sentence if the row says collapse, else nothing."""
-    from jepa_jax.evaluation import collapse
-
-    return collapse.collapse_warning(row, self._config.collapse.to_dict())
-
-  def skipped(self) -> list[str]:
-    """A line for every image that was skipped since the last call."""
-    self._unreadable.check()
-    reasons = self._unreadable.reasons
-    new = {k: v for k, v in reasons.items() if k not in self._named}
-    self._named |= set(new)
-    return [f"skipped unreadable image {k}: {v}" for k, v in new.items()]
 
 
 def describe(config: Any) -> dict[str, Any]:
@@ -352,13 +243,11 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
   if not path.exists():
     return
   try:
-    old = command.flatten(json.loads(path.read_text()))
+    old = command.flatten(describe(config_lib.read(path)))
   except ValueError:
     raise ValueError(
       f"{path} cannot be read; remove it or use another workdir."
     ) from None
-  # A key that an older version did not have holds what it defaults to.
-  old = command.flatten(describe(config_lib.defaults())) | old
   new = command.flatten(claim)
   changed = [
     f"{key}={old.get(key)!r} there, {new.get(key)!r} here"

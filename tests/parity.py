@@ -223,7 +223,9 @@ def _forward(
 
     objective = program.objective
     with nn.intercept_methods(record):
-      objective.loss(params, target_params, batch, jax.random.key(0))
+      rng = jax.random.key(0)
+      targets = objective.targets(target_params, batch, {})
+      objective.loss(params, targets, batch, rng, {})
     # The loss wants the patches of the targets alone.
     whole = {"params": target_params["encoder"]}, batch["image"]
     return objective.encoder.apply(*whole), *seen

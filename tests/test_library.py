@@ -18,7 +18,6 @@ from test_convert import (
 
 import jepa_jax
 from jepa_jax import convert, models, pretrained
-from jepa_jax.objectives import ijepa
 from jepa_jax.training import program
 
 GRID = (3, 5)
@@ -208,7 +207,7 @@ def test_a_run_loads_as_it_evaluates(workdir):  # noqa: F811
   target = jax.tree.map(lambda x: 2 * x, state.target_params["encoder"])
   expected = objective.encoder.apply(
     {"params": target},
-    ijepa.normalize_images(images, config.data.mean, config.data.std),
+    models.normalize_images(images, config.data.mean, config.data.std),
   ).mean(axis=1)
   np.testing.assert_allclose(model.encode(images), expected, atol=1e-5)
   assert model.predictor is not None

@@ -5,14 +5,16 @@ import types
 
 import hypothesis
 from hypothesis import strategies as st
+import jax
 import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow as tf
 
-from jepa_jax import masks
+from jepa_jax import masks, models
 from jepa_jax.data import order, pipeline
+from jepa_jax.data import unreadable as unreadable_lib
 
 COUNT = 23  # images in the folder: not a multiple of any batch size below
 
@@ -68,6 +70,29 @@ def config(root, *, batch_size=6, **data):
       },
     }
   )
+
+
+def masked_spec(settings):
+  """What I-JEPA declares, from the settings of `config` alone."""
+  data, size = settings.data, settings.batch_size
+  patch = settings.encoder.patch_size
+  grid = models.patch_grid(data.image_size, data.image_size, patch)
+  shapes = masks.mask_shapes(settings.masks, grid)
+  context = (size, shapes.num_contexts, shapes.context_patches)
+  targets = (size, shapes.num_targets, shapes.target_patches)
+  image = (size, data.image_size, data.image_size, data.channels)
+  spec = jax.ShapeDtypeStruct
+  return {
+    "image": spec(image, np.uint8),
+    "context_ids": spec(context, np.int32),
+    "context_valid": spec(context, np.bool_),
+    "target_ids": spec(targets, np.int32),
+    "target_valid": spec(targets, np.bool_),
+  }
+
+
+def train_dataset(settings, **kwargs):
+  return pipeline.train_dataset(settings, masked_spec(settings), **kwargs)
 
 
 def take(dataset, count):
@@ -142,7 +167,7 @@ def test_seeking_costs_the_same_far_into_a_large_data_set():
 
 def test_batches_have_the_shapes_and_types_declared(folder):
   settings = config(folder)
-  dataset = pipeline.train_dataset(settings)
+  dataset = train_dataset(settings)
   (batch,) = take(dataset, 1)
   shapes = masks.mask_shapes(settings.masks, (6, 6))
   k, t = shapes.context_patches, shapes.target_patches
@@ -162,7 +187,7 @@ def test_batches_have_the_shapes_and_types_declared(folder):
 
 
 def test_every_image_once_an_epoch_across_the_ends_of_epochs(folder):
-  batches = take(pipeline.train_dataset(config(folder)), 2 * COUNT)
+  batches = take(train_dataset(config(folder)), 2 * COUNT)
   seen = np.concatenate([numbers(batch) for batch in batches])
   for epoch in range(12):
     part = seen[epoch * COUNT : (epoch + 1) * COUNT]
@@ -172,12 +197,10 @@ def test_every_image_once_an_epoch_across_the_ends_of_epochs(folder):
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_processes_share_the_batches_of_one(folder, processes):
   settings = config(folder, batch_size=12)
-  whole = take(pipeline.train_dataset(settings), 5)
+  whole = take(train_dataset(settings), 5)
   parts = [
     take(
-      pipeline.train_dataset(
-        settings, process_index=i, process_count=processes
-      ),
+      train_dataset(settings, process_index=i, process_count=processes),
       5,
     )
     for i in range(processes)
@@ -193,46 +216,46 @@ def test_processes_share_the_batches_of_one(folder, processes):
 def test_a_resumed_run_sees_what_an_uninterrupted_one_does(folder, start):
   settings = config(folder)
   settings.masks.update(name="released", num_targets=4, min_keep=3)  # by step
-  whole = take(pipeline.train_dataset(settings), 12)
-  resumed = take(pipeline.train_dataset(settings, start_step=start), 12 - start)
+  whole = take(train_dataset(settings), 12)
+  resumed = take(train_dataset(settings, start_step=start), 12 - start)
   for a, b in zip(whole[start:], resumed, strict=True):
     assert_same(a, b)
 
 
 def test_threads_and_prefetching_change_nothing(folder):
-  (batch,) = take(pipeline.train_dataset(config(folder)), 1)
+  (batch,) = take(train_dataset(config(folder)), 1)
   for changes in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
-    (other,) = take(pipeline.train_dataset(config(folder, **changes)), 1)
+    (other,) = take(train_dataset(config(folder, **changes)), 1)
     assert_same(batch, other)
 
 
 def test_an_image_looks_the_same_whatever_the_batch_size(folder):
-  small = take(pipeline.train_dataset(config(folder, batch_size=4)), 3)
-  large = take(pipeline.train_dataset(config(folder, batch_size=12)), 1)
+  small = take(train_dataset(config(folder, batch_size=4)), 3)
+  large = take(train_dataset(config(folder, batch_size=12)), 1)
   joined = {k: np.concatenate([x[k] for x in small]) for k in small[0]}
   assert_same(joined, large[0])
 
 
 def test_another_seed_is_another_run(folder):
-  (batch,) = take(pipeline.train_dataset(config(folder)), 1)
+  (batch,) = take(train_dataset(config(folder)), 1)
   settings = config(folder)
   settings.seed = 4
-  (other,) = take(pipeline.train_dataset(settings), 1)
+  (other,) = take(train_dataset(settings), 1)
   assert (numbers(batch) != numbers(other)).any()
 
 
 def test_grey_is_made_of_colour(folder):
-  (batch,) = take(pipeline.train_dataset(config(folder, channels=1)), 1)
+  (batch,) = take(train_dataset(config(folder, channels=1)), 1)
   assert batch["image"].shape == (6, 24, 24, 1)
-  reference = take(pipeline.train_dataset(config(folder)), 1)[0]["image"]
+  reference = take(train_dataset(config(folder)), 1)[0]["image"]
   grey = np.round(reference @ np.asarray([0.299, 0.587, 0.114]))
   assert np.abs(batch["image"][..., 0] - grey).max() <= 1
 
 
 def test_colour_jitter_and_blur_change_pixels_and_nothing_else(folder):
-  (plain,) = take(pipeline.train_dataset(config(folder)), 1)
+  (plain,) = take(train_dataset(config(folder)), 1)
   settings = config(folder, color_jitter=1.0, blur=0.5)
-  changed, again = (take(pipeline.train_dataset(settings), 1) for _ in "ab")
+  changed, again = (take(train_dataset(settings), 1) for _ in "ab")
   assert_same(changed[0], again[0])
   assert changed[0].keys() == plain.keys()
   assert (changed[0]["image"] != plain["image"]).mean() > 0.2
@@ -241,13 +264,13 @@ def test_colour_jitter_and_blur_change_pixels_and_nothing_else(folder):
 
 def test_what_does_not_divide_is_refused(folder):
   with pytest.raises(ValueError, match="batch size 6 .* 4 processes"):
-    pipeline.train_dataset(config(folder), process_count=4)
+    train_dataset(config(folder), process_count=4)
   with pytest.raises(ValueError, match="22 .* 4; .* divide it: 2, 11"):
-    pipeline.train_dataset(config(folder, image_size=22))
+    train_dataset(config(folder, image_size=22))
   settings = config(folder)
   settings.masks.min_keep = 36
   with pytest.raises(ValueError, match="needs 36"):
-    pipeline.train_dataset(settings)
+    train_dataset(settings)
 
 
 def test_a_mixture_keeps_shares_and_orders(folder, tmp_path):
@@ -257,7 +280,7 @@ def test_a_mixture_keeps_shares_and_orders(folder, tmp_path):
   settings.data.source = "mixture"
   settings.data.name = f"3 folder:{folder} + 1 folder:{tmp_path}"
   assert pipeline.num_examples(settings.data) == COUNT + 4
-  batches = take(pipeline.train_dataset(settings), 40)
+  batches = take(train_dataset(settings), 40)
   red = np.concatenate([x["image"][:, 0, 0, 0] for x in batches]).astype(int)
   small = red >= 240
   for block in small.reshape(2, 1000):
@@ -266,7 +289,7 @@ def test_a_mixture_keeps_shares_and_orders(folder, tmp_path):
     for epoch in range(3):
       once = part[epoch * size : (epoch + 1) * size]
       assert sorted(once) == list(range(size))
-  resumed = take(pipeline.train_dataset(settings, start_step=33), 1)
+  resumed = take(train_dataset(settings, start_step=33), 1)
   assert_same(resumed[0], batches[33])
 
 
@@ -282,7 +305,7 @@ def test_processes_share_the_batches_of_a_mixture_without_labels(tmp_path):
   settings.data.name = (
     f"5 folder:{tmp_path}/a + 3 folder:{tmp_path}/b + 2 folder:{tmp_path}/c"
   )
-  whole = take(pipeline.train_dataset(settings), 25)
+  whole = take(train_dataset(settings), 25)
   red = np.concatenate([x["image"][:, 0, 0, 0] for x in whole])
   parts = np.searchsorted([100, 200], red, "right")
   assert np.bincount(parts).tolist() == [500, 300, 200]
@@ -290,14 +313,14 @@ def test_processes_share_the_batches_of_a_mixture_without_labels(tmp_path):
   first = np.bincount(parts[:200], minlength=3) / 200
   assert np.abs(first - (0.5, 0.3, 0.2)).max() < 0.15
   shares = [
-    take(pipeline.train_dataset(settings, process_index=i, process_count=4), 25)
+    take(train_dataset(settings, process_index=i, process_count=4), 25)
     for i in range(4)
   ]
   for batch, *pieces in zip(whole, *shares, strict=True):
     joined = {k: np.concatenate([x[k] for x in pieces]) for k in batch}
     assert_same(joined, batch)
   settings.seed = 4
-  (other,) = take(pipeline.train_dataset(settings), 1)
+  (other,) = take(train_dataset(settings), 1)
   assert (other["image"][:, 0, 0, 0] != red[:40]).any()
 
 
@@ -326,8 +349,8 @@ def damaged(folder, tmp_path):
 
 def test_unreadable_images_are_replaced_counted_and_named(damaged):
   root, bad = damaged
-  unreadable = pipeline.Unreadable(limit=3)
-  dataset = pipeline.train_dataset(config(root), unreadable=unreadable)
+  unreadable = unreadable_lib.Unreadable(limit=3)
+  dataset = train_dataset(config(root), unreadable=unreadable)
   batches = take(dataset, COUNT)  # six epochs
   assert unreadable.reasons.keys() == bad.keys()
   for name, reason in bad.items():
@@ -339,8 +362,8 @@ def test_unreadable_images_are_replaced_counted_and_named(damaged):
 
 
 def test_replacement_changes_no_other_row_and_no_mask(folder, damaged):
-  sound = take(pipeline.train_dataset(config(folder)), 8)
-  mended = take(pipeline.train_dataset(config(damaged[0])), 8)
+  sound = take(train_dataset(config(folder)), 8)
+  mended = take(train_dataset(config(damaged[0])), 8)
   lost = {int(pathlib.Path(name).stem) for name in damaged[1]}
   replaced = 0
   for a, b in zip(sound, mended):
@@ -353,16 +376,16 @@ def test_replacement_changes_no_other_row_and_no_mask(folder, damaged):
 
 
 def test_replacement_is_the_same_after_resuming(damaged):
-  whole = take(pipeline.train_dataset(config(damaged[0])), 8)
-  resumed = take(pipeline.train_dataset(config(damaged[0]), start_step=5), 3)
+  whole = take(train_dataset(config(damaged[0])), 8)
+  resumed = take(train_dataset(config(damaged[0]), start_step=5), 3)
   for a, b in zip(whole[5:], resumed, strict=True):
     assert_same(a, b)
 
 
 def test_too_many_unreadable_images_stop_the_run_in_one_line(damaged):
   root, bad = damaged
-  unreadable = pipeline.Unreadable(limit=2)
-  take(pipeline.train_dataset(config(root), unreadable=unreadable), COUNT)
+  unreadable = unreadable_lib.Unreadable(limit=2)
+  take(train_dataset(config(root), unreadable=unreadable), COUNT)
   with pytest.raises(ValueError) as error:
     unreadable.check()
   assert "3 images" in str(error.value)
@@ -374,16 +397,16 @@ def test_too_many_unreadable_images_stop_the_run_in_one_line(damaged):
 def test_a_batch_with_nothing_to_read_stops_the_run(tmp_path):
   for i in range(5):
     (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
-  unreadable = pipeline.Unreadable(limit=100)
+  unreadable = unreadable_lib.Unreadable(limit=100)
   settings = config(tmp_path, batch_size=5)
-  take(pipeline.train_dataset(settings, unreadable=unreadable), 1)
+  take(train_dataset(settings, unreadable=unreadable), 1)
   with pytest.raises(ValueError, match="none of the 5 images"):
     unreadable.check()
 
 
 def test_evaluation_leaves_unreadable_images_out(damaged):
   root, bad = damaged
-  unreadable = pipeline.Unreadable(limit=3)
+  unreadable = unreadable_lib.Unreadable(limit=3)
   dataset = pipeline.evaluation_dataset(
     config(root).data, batch_size=5, label="label", unreadable=unreadable
   )

@@ -119,7 +119,6 @@ def resume(
     same step with that index kept, and for step 0.
   """
   from jepa_jax import config as config_lib
-  from jepa_jax.data import pipeline
 
   rows = []
   with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +130,7 @@ def resume(
     with _cache_in(folder):  # the index goes with the records
       for what, start in (("first", step), ("again", step), ("step 0", 0)):
         began = time.perf_counter()
-        dataset = pipeline.train_dataset(config, start_step=start)
+        dataset = _open(config, start)
         next(dataset.as_numpy_iterator())
         rows.append(
           {
@@ -197,13 +196,22 @@ def _cache_in(folder: str) -> Iterator[None]:
 
 def _time_pipeline(config: Any, batches: int) -> float:
   """Seconds of some batches of a pipeline that is opened for them alone."""
-  from jepa_jax.data import pipeline
 
-  iterator = pipeline.train_dataset(config).as_numpy_iterator()
+  iterator = _open(config).as_numpy_iterator()
   bench.seconds(iterator, _WARM_UP)
   taken = bench.seconds(iterator, batches)
   del iterator  # ends its threads before another's turn
   return taken
+
+
+def _open(config: Any, start_step: int = 0) -> Any:
+  """The pipeline of a config, from a step on."""
+  from jepa_jax import objectives
+  from jepa_jax.data import pipeline
+
+  objective = objectives.load(config.objective).from_config(config)
+  spec = objective.batch_spec(config.batch_size)
+  return pipeline.train_dataset(config, spec, start_step=start_step)
 
 
 def _decode_turn(

@@ -3,7 +3,6 @@
 import pathlib
 import tempfile
 import time
-import types
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,9 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
   import jax
 
   from jepa_jax import config as config_lib
-  from jepa_jax import train
+  from jepa_jax.evaluation import collapse
   from jepa_jax.training import distributed, feed, log, sharding
+  from jepa_jax.training import loop as loop_lib
   from jepa_jax.training import program as program_lib
 
   config = step_lib.with_epoch(config)
@@ -42,7 +42,6 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   host = step_lib.host_batch(program.batch_spec)
   on_device = step_lib.synthetic_batch(program.batch_spec)
-  sound = types.SimpleNamespace(check=lambda: None, reasons={})
   cpu: dict[str, list[float]] = {"bare": [], "loop": []}
 
   with (
@@ -53,8 +52,14 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
     ) as rows,
     feed.Feed(_forever(host), program.batch_spec, config.data.prefetch) as fed,
   ):
-    loop = train.Loop(
-      program, program.init(config.seed), fed, rows, stopper, sound, 0
+    loop = loop_lib.Loop(
+      program,
+      program.init(config.seed),
+      fed,
+      rows,
+      stopper,
+      0,
+      watch=collapse.collapse_metrics,
     )
 
     def bare() -> None:

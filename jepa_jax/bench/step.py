@@ -25,13 +25,12 @@ def measure(
     profile: folder for a trace of `steps` more steps; "" for none.
 
   Returns:
-    One row. "model_flops_per_step" is what models.flops says the step needs
+    One row. "model_flops_per_step" is what Objective.flops says the step needs
     at least; "utilisation" its share of the peak, that is of the best speed of
     square matrix products in the config's type on the same devices.
   """
   import jax
 
-  from jepa_jax.models import flops
   from jepa_jax.training import program as program_lib
   from jepa_jax.training import sharding
 
@@ -62,7 +61,8 @@ def measure(
     with jax.profiler.trace(profile):
       state = run(state)
   median = statistics.median(seconds)
-  needed = flops.step(program.objective, config.batch_size)
+  needed = program.objective.flops()
+  needed = needed and needed * config.batch_size
   device = program.mesh.devices.flat[0]
   row = {
     "device": device.device_kind,

@@ -7,64 +7,18 @@ generator. So hosts agree without talking, and resuming costs one seek.
 
 from collections.abc import Callable, Mapping
 import os
-import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from jepa_jax import masks, models
 from jepa_jax.data import augment, decode, order, sources, tf_masks
+from jepa_jax.data import unreadable as unreadable_lib
 
 _plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
+Provider = Callable[[tf.Tensor, dict[str, tf.Tensor]], dict[str, tf.Tensor]]
 _CONSUMED = ("encoded", "box", "turn", "record", "color")  # by decoding
-
-
-class Unreadable:
-  """Counts and names the images that a pipeline had to skip.
-
-  The pipeline adds from its threads; the train loop calls `check`.
-
-  Args:
-    limit: distinct images after which `check` fails (config.max_unreadable).
-  """
-
-  def __init__(self, limit: int):
-    self._limit = limit
-    self._lock = threading.Lock()
-    self._reasons: dict[str, str] = {}
-    self._fatal = ""
-
-  def add(self, name: str, reason: str) -> None:
-    with self._lock:
-      self._reasons.setdefault(name, reason)
-
-  def stop(self, name: str, count: int) -> None:
-    """Makes `check` fail: a whole batch, from `name` on, cannot be read."""
-    self._fatal = f"none of the {count} images of a batch could be read: {name}"
-
-  def __len__(self) -> int:
-    return len(self._reasons)
-
-  @property
-  def reasons(self) -> dict[str, str]:
-    """What is wrong with each image, by name, in the order of discovery."""
-    with self._lock:
-      return dict(self._reasons)
-
-  def check(self) -> None:
-    """Raises ValueError where more images were unreadable than allowed."""
-    reasons = self.reasons
-    if self._fatal:
-      raise ValueError(f"{self._fatal} and the rest; mend or remove them")
-    if len(reasons) > self._limit:
-      shown = [f"{name} ({why})" for name, why in list(reasons.items())[:3]]
-      raise ValueError(
-        f"{len(reasons)} images could not be read, more than"
-        f" data.max_unreadable={self._limit}: {', '.join(shown)}"
-        f"{', ...' if len(reasons) > 3 else ''}; mend or remove them, or"
-        " raise data.max_unreadable"
-      )
 
 
 def num_examples(config: Any, split: str | None = None) -> int:
@@ -72,15 +26,62 @@ def num_examples(config: Any, split: str | None = None) -> int:
   return len(sources.open_source(config, split))
 
 
+class _Request(NamedTuple):
+  """What the providers of a training batch are made from."""
+
+  config: Any
+  spec: Mapping[str, Any]
+  source: sources.Source
+
+
+def _images(request: _Request) -> Provider:
+  del request
+  return lambda step, batch: {"image": batch["image"]}
+
+
+def _masks(request: _Request) -> Provider:
+  config, data = request.config, request.config.data
+  grid = models.patch_grid(
+    data.image_size, data.image_size, config.encoder.patch_size
+  )
+  masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
+  return lambda step, batch: tf_masks.sample(
+    config.masks,
+    grid,
+    seed=config.seed,
+    step=step,
+    epoch=batch["epoch"],
+    index=batch["index"],
+  )
+
+
+def _labels(request: _Request) -> Provider:
+  dtype = request.spec["label"].dtype
+  return lambda step, batch: {"label": tf.cast(batch["label"], dtype)}
+
+
+# What a training batch may hold: name -> what makes a provider of it, a
+# function (step, batch) -> arrays by name. Some make several at once.
+PROVIDERS: dict[str, Callable[[_Request], Provider]] = {
+  "image": _images,
+  "label": _labels,
+  "context_ids": _masks,
+  "context_valid": _masks,
+  "target_ids": _masks,
+  "target_valid": _masks,
+}
+
+
 def train_dataset(
   config: Any,
+  batch_spec: Mapping[str, Any],
   *,
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-  unreadable: Unreadable | None = None,
+  unreadable: unreadable_lib.Unreadable | None = None,
 ) -> tf.data.Dataset:
-  """Endless batches of crops and masks, from any step on.
+  """Endless batches of what an objective declares, from any step on.
 
   Each image comes once an epoch; batches run on over the ends of epochs. A
   process reads its contiguous share of every global batch. Where an image
@@ -89,67 +90,111 @@ def train_dataset(
   Args:
     config: the whole configuration; reads seed, batch_size, data, masks and
       encoder.patch_size.
+    batch_spec: name -> shape and type of a global batch's array; the names are
+      those of PROVIDERS.
     start_step: first step, 0 or more; nothing before it is read.
     process_index: of this process.
     process_count: number of processes; must divide the batch size.
     unreadable: where to count images that are skipped; call its `check`.
 
   Returns:
-    Batches {image uint8 [B, H, W, C], context_ids int32 [B, S, K],
-    context_valid bool [B, S, K], target_ids int32 [B, M, T], target_valid
-    bool [B, M, T]}, B being this process's share.
+    Batches of exactly those arrays, as many rows as this process's share.
 
   Raises:
-    ValueError: source, sizes or masks that cannot be had.
+    ValueError: a name without a provider, arrays of other shapes than config
+      makes, or source, sizes, label or masks that cannot be had.
   """
   data = config.data
+  for name in batch_spec:
+    if name not in PROVIDERS:
+      raise ValueError(
+        f'the objective "{config.objective}" asks for batches with "{name}", '
+        f"which nothing provides; there are: {', '.join(PROVIDERS)}."
+      )
   if config.batch_size % process_count:
     raise ValueError(
       f"batch size {config.batch_size} does not divide by {process_count}"
       " processes; set batch_size to a multiple"
     )
   share = config.batch_size // process_count
-  grid = models.patch_grid(
-    data.image_size, data.image_size, config.encoder.patch_size
-  )
-  masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   source = sources.open_source(data)
+  request = _Request(config, batch_spec, source)
+  makers = dict.fromkeys(PROVIDERS[name] for name in batch_spec)
+  providers = [make(request) for make in makers]
+  label_of = None
+  if "label" in batch_spec:
+    if not data.label:
+      raise ValueError(
+        f'the objective "{config.objective}" learns labels and data.label is '
+        'empty; name one, such as data.label="label".'
+      )
+    label_of = _label_function(data.label)
   if unreadable is None:
-    unreadable = Unreadable(data.max_unreadable)
+    unreadable = unreadable_lib.Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
+  distorts = augment.distorts(data)
 
   def plan(step):
     epoch, index = order.of_source(
       source, step * config.batch_size + places, config.seed
     )
-    encoded, sizes, orientations = _headers(source.images(source.read(index)))
-    crops = augment.random_crops(
-      data, sizes, orientations, seed=config.seed, epoch=epoch, index=index
-    )
-    plans = (encoded, crops.boxes, crops.flips, index, epoch)
-    if not augment.distorts(data):
-      return plans
-    return *plans, augment.random_colors(
-      data, seed=config.seed, epoch=epoch, index=index
-    )
+    records = source.read(index)
+    encoded, sizes, orientations = _headers(source.images(records))
+    draw = dict(seed=config.seed, epoch=epoch, index=index)
+    crops = augment.random_crops(data, sizes, orientations, **draw)
+    plans = [encoded, crops.boxes, crops.flips, index, epoch]
+    if label_of is not None:
+      plans.append(_strings(records))
+    if distorts:
+      plans.append(augment.random_colors(data, **draw))
+    return tuple(plans)
 
   def finish(step, batch):
-    drawn = tf_masks.sample(
-      config.masks,
-      grid,
-      seed=config.seed,
-      step=step,
-      epoch=batch["epoch"],
-      index=batch["index"],
-    )
-    return {"image": _mended(batch, source, unreadable), **drawn}
+    keys = ("image",) if label_of is None else ("image", "label")
+    batch = batch | unreadable_lib.mend(batch, keys, source, unreadable)
+    made = {}
+    for provide in providers:
+      made |= provide(step, batch)
+    return {name: made[name] for name in batch_spec}
 
   spec = {"epoch": tf.TensorSpec([share], tf.int64)}
-  if augment.distorts(data):
+  if label_of is not None:
+    spec["record"] = tf.TensorSpec([share], tf.string)
+  if distorts:
     spec["color"] = tf.TensorSpec([share, 6], tf.float32)
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  dataset = _decoded(steps, plan, spec, source, data, share)
-  return _finish(dataset.map(_plain(finish)), data)
+  dataset = _decoded(
+    steps, plan, spec, source, data, share, _label_feature(source, label_of)
+  ).map(_plain(finish))
+  _check_spec(dataset.element_spec, batch_spec)
+  return _finish(dataset, data)
+
+
+def _check_spec(made: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+  """Raises ValueError where arrays differ but for the number of rows."""
+  for name, x in needed.items():
+    have = tuple(made[name].shape[1:]), made[name].dtype.as_numpy_dtype
+    need = tuple(x.shape[1:]), np.dtype(x.dtype).type
+    if have != need:
+      raise ValueError(
+        f'the objective asks for "{name}" of {need[1].__name__} {need[0]} an '
+        f"image and the config makes {have[1].__name__} {have[0]}; change "
+        "data, masks or the objective's batch_spec."
+      )
+
+
+def _label_feature(
+  source: sources.Source, label_of: Callable[..., Any] | None
+) -> Callable[[dict[str, tf.Tensor]], dict[str, Any]]:
+  """A function from an example of `_decoded` to {"label"}, {} without one."""
+
+  def features(example):
+    if label_of is None:
+      return {}
+    record = example["record"]
+    return {"label": label_of(source.features(record, example["index"]))}
+
+  return features
 
 
 def evaluation_dataset(
@@ -160,7 +205,7 @@ def evaluation_dataset(
   split: str | None = None,
   process_index: int = 0,
   process_count: int = 1,
-  unreadable: Unreadable | None = None,
+  unreadable: unreadable_lib.Unreadable | None = None,
 ) -> tf.data.Dataset:
   """Every image of a split once, in order, cut to its central square.
 
@@ -186,7 +231,7 @@ def evaluation_dataset(
   source = sources.open_source(config, split)
   label_of = None if label is None else _label_function(label)
   if unreadable is None:
-    unreadable = Unreadable(config.max_unreadable)
+    unreadable = unreadable_lib.Unreadable(config.max_unreadable)
   count = len(source)
   if batch_size % process_count:
     raise ValueError(
@@ -209,7 +254,8 @@ def evaluation_dataset(
 
   def finish(start, batch):
     del start
-    _mended(batch, source, unreadable)  # counts what "valid" leaves out
+    # Counts what "valid" leaves out.
+    unreadable_lib.mend(batch, ("index",), source, unreadable)
     example = {
       "image": batch["image"],
       "valid": batch["valid"] & batch["readable"],
@@ -218,17 +264,12 @@ def evaluation_dataset(
       example["label"] = batch["label"]
     return example
 
-  def features(example):
-    if label_of is None:
-      return {}
-    record = example["record"]
-    return {"label": label_of(source.features(record, example["index"]))}
-
   spec = {
     "record": tf.TensorSpec([share], tf.string),
     "valid": tf.TensorSpec([share], tf.bool),
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
+  features = _label_feature(source, label_of)
   dataset = _decoded(starts, plan, spec, source, config, share, features)
   return _finish(dataset.map(_plain(finish)), config)
 
@@ -351,33 +392,6 @@ def _headers(
   sizes = np.asarray([(x.height, x.width) for x in headers])
   orientations = np.asarray([x.orientation for x in headers])
   return _strings(encoded), sizes, orientations
-
-
-def _mended(
-  batch: dict[str, tf.Tensor],
-  source: sources.Source,
-  unreadable: Unreadable,
-) -> tf.Tensor:
-  """The images, others of the batch for the unreadable ones; counts those."""
-  image, readable = batch["image"], batch["readable"]
-
-  def report(readable, index):
-    bad = np.flatnonzero(~readable)
-    for number in np.unique(index[bad]):
-      (record,) = source.images(source.read(np.asarray([number])))
-      unreadable.add(source.name(int(number)), decode.diagnose(record))
-    good = np.flatnonzero(readable)
-    if not len(good):
-      unreadable.stop(source.name(int(index[0])), len(index))
-      return np.arange(len(readable), dtype=np.int32)
-    following = np.searchsorted(good, np.arange(len(readable))) % len(good)
-    return good[following].astype(np.int32)
-
-  def replace():
-    rows = tf.numpy_function(report, [readable, batch["index"]], tf.int32)
-    return tf.gather(image, tf.ensure_shape(rows, readable.shape))
-
-  return tf.cond(tf.reduce_all(readable), lambda: image, replace)
 
 
 def _strings(values: list[bytes]) -> np.ndarray:

@@ -51,6 +51,13 @@ class MaskShapes:
   context_padding: float
   target_padding: float
 
+  def __str__(self) -> str:
+    return (
+      f"{self.num_contexts} x {self.context_patches} context patches "
+      f"({self.context_padding:.1%} padding), {self.num_targets} x "
+      f"{self.target_patches} target patches ({self.target_padding:.1%})"
+    )
+
 
 def mask_shapes(config: Any, grid: tuple[int, int]) -> MaskShapes:
   """Static sizes of the masks that a configuration gives on a grid.

@@ -127,26 +127,33 @@ def head_sums(x: jax.Array, heads: int) -> jax.Array:
   )
 
 
-def after(x: jax.Array, done: jax.Array) -> jax.Array:
-  """x, which a CPU makes only when `done` is there; x elsewhere.
+def after(batch: Any, done: Any) -> Any:
+  """A batch whose integers a CPU makes only when `done` is there.
 
   XLA's CPU works on whatever is ready, on threads that all devices share. Of
   two networks that do not need each other it may run one device's both first,
   and that device then waits for the other at the next collective.
 
   Args:
-    x: integers [B, ...].
-    done: floats [B, ...].
+    batch: tree of arrays [B, ...].
+    done: tree of arrays [B, ...]; floats are waited for.
 
   Returns:
-    x.
+    The batch.
   """
+  floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  done = [x for x in jax.tree.leaves(done) if floats(x)]
+  if not done:
+    return batch
   # No number is above infinity, which XLA does not see.
-  never = done.reshape(done.shape[0], -1)[:, 0] > jnp.inf
-  never = never.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-  return jax.lax.platform_dependent(
-    x, never, cpu=jnp.add, default=lambda x, never: x
-  )
+  never = sum(x.reshape(x.shape[0], -1)[:, 0] > jnp.inf for x in done)
+
+  def wait(x):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      return x
+    return x + never.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+  return jax.tree.map(wait, batch)
 
 
 @jax.custom_vjp

@@ -1,13 +1,14 @@
-"""What a step needs to compute, from shapes alone.
+"""Operations of the networks, from shapes alone.
 
 Floating-point operations of the matrix products, a multiplication and an
 addition being two. Norms, activations and the optimizer, a percent or two
 beside them, are left out, as usual in statements of utilisation.
+
+Reference: Chowdhery et al. 2022, appendix B (model FLOPs utilisation),
+  arXiv:2204.02311.
 """
 
 from typing import Any
-
-from jepa_jax.objectives import ijepa
 
 
 def block(
@@ -19,7 +20,7 @@ def block(
     tokens: length of the sequence.
     width: of a token.
     hidden: width inside the perceptron.
-    queries: tokens whose output is wanted; None for all. The others give keys
+    queries: tokens whose output is needed; None for all. The others give keys
       and values alone.
   """
   queries = tokens if queries is None else queries
@@ -29,7 +30,7 @@ def block(
 
 
 def encoder(
-  network: Any, patches: int, channels: int, wanted: int | None = None
+  network: Any, patches: int, channels: int, queries: int | None = None
 ) -> int:
   """Operations of an encoder on some patches of one image, forward.
 
@@ -37,13 +38,13 @@ def encoder(
     network: models.Encoder.
     patches: how many it receives.
     channels: of the image.
-    wanted: of how many the output is wanted; None for all.
+    queries: of how many the output is needed; None for all.
   """
   width, hidden = network.width, int(network.mlp_ratio * network.width + 1e-6)
-  queries = min(patches, patches if wanted is None else wanted)
+  queries = min(patches, patches if queries is None else queries)
   blocks = (network.depth - 1) * block(patches, width, hidden)
   blocks += block(patches, width, hidden, queries=queries)
-  return blocks + _embedding(network, patches, channels)
+  return blocks + embedding(network, patches, channels)
 
 
 def predictor(network: Any, context: int, targets: int, blocks: int) -> int:
@@ -66,42 +67,10 @@ def predictor(network: Any, context: int, targets: int, blocks: int) -> int:
   each += block(tokens, width, hidden, queries=targets)
   each += 2 * targets * width * network.output_width
   repeated = 6 * context * width**2 if network.depth > 1 else 0
-  embedding = 2 * context * network.output_width * width
-  return blocks * each - (blocks - 1) * repeated + embedding
+  embed = 2 * context * network.output_width * width
+  return blocks * each - (blocks - 1) * repeated + embed
 
 
-def step(objective: Any, batch_size: int) -> int | None:
-  """Operations of a train step: the least that its model and masks need.
-
-  The backward pass takes two products for each of the forward pass, but one
-  for the patch embedding, for pixels need no gradient. What rematerialisation
-  computes again is not counted; slots of the masks that are padded are.
-
-  Args:
-    objective: of a Program.
-    batch_size: images a step, global.
-
-  Returns:
-    Operations, or None for an objective whose work is not known here.
-
-  Reference: Chowdhery et al. 2022, appendix B (model FLOPs utilisation),
-    arXiv:2204.02311.
-  """
-  if not isinstance(objective, ijepa.IJEPA):
-    return None
-  shapes, network = objective.shapes, objective.encoder
-  height, width, channels = objective.image_shape
-  patches = (height // network.patch_size) * (width // network.patch_size)
-  context = shapes.context_patches
-  wanted = shapes.num_targets * shapes.target_patches
-  target_encoder = encoder(network, patches, channels, wanted)
-  per_context = 3 * encoder(network, context, channels)
-  per_context -= _embedding(network, context, channels)
-  per_context += 3 * predictor(
-    objective.predictor, context, shapes.target_patches, shapes.num_targets
-  )
-  return batch_size * (target_encoder + shapes.num_contexts * per_context)
-
-
-def _embedding(network: Any, patches: int, channels: int) -> int:
+def embedding(network: Any, patches: int, channels: int) -> int:
+  """Operations of the patch embedding of an image, forward."""
   return 2 * patches * network.patch_size**2 * channels * network.width

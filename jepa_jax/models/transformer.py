@@ -252,7 +252,7 @@ class Block(nn.Module):
     per_device = _layout.get().per_device or (lambda f: f)
     if self.is_initializing():  # from one token, which no mesh divides
       y = attention.attend(qkv, valid, query)
-    elif self.attention == "own":
+    elif self.attention in ("own", "xla"):
       y = per_device(attention.attend)(qkv, valid, query)
     elif self.attention == "pallas":
       y = per_device(attention.attend_fused)(qkv, valid, query)

@@ -80,6 +80,26 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
   return x.reshape(b, h * w, patch_size * patch_size * c)
 
 
+def normalize_images(
+  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+  """Brings images to zero mean and unit variance, on the device.
+
+  Args:
+    images: [B, H, W, C]; uint8 is normalised, float is taken as normalised.
+    mean: a value a channel, on a scale of 0 to 1.
+    std: a value a channel, on a scale of 0 to 1.
+
+  Returns:
+    [B, H, W, C] float32.
+  """
+  if images.dtype != jnp.uint8:
+    return images.astype(jnp.float32)
+  scale = 1.0 / (255.0 * np.asarray(std, np.float32))
+  shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
+  return images.astype(jnp.float32) * scale - shift
+
+
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
   """Fixed 2-D sine-cosine position embeddings.
 

@@ -9,33 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from jepa_jax import masks, models, objectives
-from jepa_jax.models import cpu
+from jepa_jax.models import flops
 
 # The released code normalises targets with PyTorch's default epsilon.
 _TARGET_NORM_EPSILON = 1e-5
-
-
-def normalize_images(
-  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
-) -> jax.Array:
-  """Brings images to zero mean and unit variance, on the device.
-
-  Args:
-    images: [B, H, W, C]; uint8 is normalised, float is taken as normalised.
-    mean: a value a channel, on a scale of 0 to 1.
-    std: a value a channel, on a scale of 0 to 1.
-
-  Returns:
-    [B, H, W, C] float32.
-  """
-  if images.dtype != jnp.uint8:
-    return images.astype(jnp.float32)
-  scale = 1.0 / (255.0 * np.asarray(std, np.float32))
-  shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
-  return images.astype(jnp.float32) * scale - shift
 
 
 def normalize_targets(features: jax.Array) -> jax.Array:
@@ -54,8 +33,17 @@ def elementwise_loss(difference: jax.Array, name: str) -> jax.Array:
   return jnp.where(size < 1.0, 0.5 * jnp.square(difference), size - 0.5)
 
 
+def masked_mean(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+  """Mean over the valid patches of each image: [B, ..., D] -> [B, D]."""
+  valid = jnp.ones(x.shape[:-1], bool) if valid is None else valid
+  valid = valid[..., None]
+  patches = tuple(range(1, x.ndim - 1))
+  total = jnp.where(valid, x, 0.0).sum(axis=patches)
+  return total / jnp.maximum(valid.sum(axis=patches), 1)
+
+
 @dataclasses.dataclass(frozen=True)
-class IJEPA:
+class IJEPA(objectives.Objective):
   """The objective of the paper.
 
   Attributes:
@@ -81,7 +69,9 @@ class IJEPA:
   loss_name: str
 
   @classmethod
-  def from_config(cls, config: ml_collections.ConfigDict) -> "IJEPA":
+  def from_config(
+    cls, config: ml_collections.ConfigDict, kernels: Any = None
+  ) -> "IJEPA":
     """Builds the networks that a config describes."""
     data = config.data
     compute = dict(
@@ -97,7 +87,7 @@ class IJEPA:
     return cls(
       encoder=models.Encoder(**config.encoder, **compute),
       predictor=models.Predictor(
-        **config.predictor, output_width=config.encoder.width, **compute
+        **config.predictor, output_width=cls.target_width(config), **compute
       ),
       image_shape=(data.image_size, data.image_size, data.channels),
       shapes=masks.mask_shapes(config.masks, grid),
@@ -106,8 +96,24 @@ class IJEPA:
       loss_name=config.loss,
     )
 
+  @staticmethod
+  def target_width(config: ml_collections.ConfigDict) -> int:
+    """Numbers that are predicted a patch."""
+    return config.encoder.width
+
+  @property
+  def networks(self) -> dict[str, Any]:
+    """The context encoder and the predictor."""
+    return {"encoder": self.encoder, "predictor": self.predictor}
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(h, w) of the patches."""
+    height, width, _ = self.image_shape
+    return models.patch_grid(height, width, self.encoder.patch_size)
+
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a batch, in the names of the pipeline."""
+    """Images and masks; without the validities nothing is padded."""
     shapes = self.shapes
     context = (batch_size, shapes.num_contexts, shapes.context_patches)
     targets = (batch_size, shapes.num_targets, shapes.target_patches)
@@ -120,7 +126,7 @@ class IJEPA:
       "target_valid": spec(targets, jnp.bool_),
     }
 
-  def init(self, rng: jax.Array) -> dict[str, Any]:
+  def init(self, rng: jax.Array) -> objectives.Params:
     """Random parameters: {"encoder": ..., "predictor": ...}."""
     encoder_rng, predictor_rng = jax.random.split(rng)
     images = jnp.zeros((1, *self.image_shape))
@@ -129,46 +135,56 @@ class IJEPA:
     return {
       "encoder": self.encoder.init(encoder_rng, images, ids)["params"],
       "predictor": self.predictor.init(
-        predictor_rng, context, ids, ids, self._grid
+        predictor_rng, context, ids, ids, self.grid
       )["params"],
     }
 
-  def tracked(self, params: dict[str, Any]) -> dict[str, Any]:
+  def averaged(self, params: objectives.Params) -> objectives.Params:
     """The target encoder follows the context encoder."""
     return {"encoder": params["encoder"]}
 
+  def targets(
+    self,
+    target_params: objectives.Params,
+    batch: objectives.Batch,
+    buffers: Any,
+  ) -> jax.Array:
+    """The target encoder's features of the target patches, [B, M, T, D]."""
+    del buffers
+    return self.encoder.apply(
+      {"params": target_params["encoder"]},
+      models.normalize_images(batch["image"], self.mean, self.std),
+      wanted=batch["target_ids"],
+    ).astype(jnp.float32)
+
   def loss(
     self,
-    params: dict[str, Any],
-    target_params: dict[str, Any],
-    batch: dict[str, jax.Array],
+    params: objectives.Params,
+    targets: jax.Array,
+    batch: objectives.Batch,
     rng: jax.Array,
+    buffers: Any,
   ) -> objectives.Loss:
     """Error of the predictions of all target blocks from all contexts.
 
     Args:
       params: {"encoder", "predictor"}.
-      target_params: {"encoder"}, of the target encoder.
-      batch: as batch_spec says; without the validities nothing is padded.
+      targets: [B, M, T, D], not yet normalised.
+      batch: as batch_spec says.
       rng: key for dropout and stochastic depth.
+      buffers: unused.
 
     Returns:
       The loss over B * S * M * T * D elements.
     """
-    images = normalize_images(batch["image"], self.mean, self.std)
+    del buffers
     context_ids, target_ids = batch["context_ids"], batch["target_ids"]
     context_valid = batch.get("context_valid")
     target_valid = batch.get("target_valid")
-
-    features = self.encoder.apply(
-      {"params": target_params["encoder"]}, images, wanted=target_ids
-    ).astype(jnp.float32)  # [B, M, T, D]
-    targets = jax.lax.stop_gradient(normalize_targets(features))
-
     context = self.encoder.apply(
       {"params": params["encoder"]},
-      images,
-      cpu.after(context_ids, features),
+      models.normalize_images(batch["image"], self.mean, self.std),
+      context_ids,
       context_valid,
       train=True,
       rngs={"dropout": rng},
@@ -178,7 +194,7 @@ class IJEPA:
       context,
       context_ids,
       target_ids,
-      self._grid,
+      self.grid,
       context_valid,
       target_valid,
       train=True,
@@ -186,7 +202,9 @@ class IJEPA:
 
     if target_valid is None:
       target_valid = jnp.ones(target_ids.shape, bool)
-    errors = elementwise_loss(predictions - targets[:, None], self.loss_name)
+    errors = elementwise_loss(
+      predictions - normalize_targets(targets)[:, None], self.loss_name
+    )
     errors = jnp.where(target_valid[:, None, ..., None], errors, 0.0)
     num_contexts, width = predictions.shape[1], predictions.shape[-1]
     patches = target_valid.sum().astype(jnp.float32)
@@ -195,24 +213,48 @@ class IJEPA:
       norms = jnp.where(valid, jnp.linalg.norm(x, axis=-1), 0.0)
       return norms.sum() / (patches * (x.size // targets.size))
 
-    seen = target_valid[..., None]
-    pooled = jnp.where(seen, features, 0.0).sum(axis=(1, 2))
-    pooled /= jnp.maximum(seen.sum(axis=(1, 2)), 1)
-
-    metrics = jax.lax.stop_gradient(
-      {
-        "prediction_norm": mean_norm(predictions, target_valid[:, None]),
-        "target_norm": mean_norm(features, target_valid),
-      }
-    )
     return objectives.Loss(
       total=errors.sum(),
       weight=patches * num_contexts * width,
-      metrics=metrics,
-      features=jax.lax.stop_gradient(pooled),
+      metrics={
+        "prediction_norm": mean_norm(predictions, target_valid[:, None]),
+        "target_norm": mean_norm(targets, target_valid),
+      },
+      features=self.watched(targets, context, batch),
     )
 
-  @property
-  def _grid(self) -> tuple[int, int]:
-    height, width, _ = self.image_shape
-    return models.patch_grid(height, width, self.encoder.patch_size)
+  def watched(
+    self, targets: jax.Array, context: jax.Array, batch: objectives.Batch
+  ) -> jax.Array:
+    """Features [B, D] that show a collapse: the targets, averaged."""
+    del context
+    return masked_mean(targets, batch.get("target_valid"))
+
+  def facts(self) -> dict[str, Any]:
+    """Sizes and padding of the masks."""
+    return {"masks": self.shapes}
+
+  def flops(self) -> int:
+    """Target encoder forward, context encoder and predictor both ways.
+
+    Pixels need no gradient, so the patch embedding has one product less. Slots
+    of the masks that are padded are counted.
+    """
+    shapes, channels = self.shapes, self.image_shape[-1]
+    context = shapes.context_patches
+    per_context = 3 * flops.encoder(self.encoder, context, channels)
+    per_context -= flops.embedding(self.encoder, context, channels)
+    per_context += 3 * flops.predictor(
+      self.predictor, context, shapes.target_patches, shapes.num_targets
+    )
+    return self.target_flops() + shapes.num_contexts * per_context
+
+  def target_flops(self) -> int:
+    """Operations that make the targets of an image."""
+    rows, columns = self.grid
+    return flops.encoder(
+      self.encoder,
+      rows * columns,
+      self.image_shape[-1],
+      queries=self.shapes.num_targets * self.shapes.target_patches,
+    )

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from jepa_jax.models import flops
 from jepa_jax.planning import chips, hlo
 from jepa_jax.training import program as program_lib
 from jepa_jax.training import sharding
@@ -325,7 +324,8 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
   row |= {"fits": True} | held(memory)
   talk = hlo.collectives(compiled.text)
   parts = costs(config, devices)
-  needed = flops.step(program.objective, config.batch_size)
+  needed = program.objective.flops()
+  needed = needed and needed * config.batch_size
   total = functools.reduce(Cost.__add__, parts.values())
   seconds, limit = bound(parts, sum(c.bytes for c in talk), chip)
   hours = seconds * program.total_steps / 3600

@@ -5,6 +5,7 @@ state is all that a checkpoint holds.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import shutil
@@ -141,7 +142,7 @@ class Checkpoints:
     try:
       self._manager.save(
         step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(_parts(state))),
         metrics=None if score is None else {"score": score},
         force=True,
       )
@@ -242,7 +243,7 @@ class Checkpoints:
       try:
         restored = reader.restore(
           candidate,
-          args=ocp.args.Composite(state=ocp.args.StandardRestore(spec)),
+          args=ocp.args.Composite(state=ocp.args.StandardRestore(_parts(spec))),
         )
       except Exception as error:  # Orbax raises many kinds for damaged files.
         restored = None
@@ -256,10 +257,17 @@ class Checkpoints:
         )
       # Damage may lie in what one process reads and not in what another does.
       if distributed.agree(restored is not None):
-        return restored["state"]
+        return spec.replace(**restored["state"])
     if wanted:
       raise ValueError(
         f"none of the checkpoints {', '.join(map(str, wanted))} in "
         f"{self._folder} can be read; see the log for why."
       )
     return None
+
+
+def _parts(state: program_lib.TrainState) -> dict[str, Any]:
+  """The state by name, without what is empty: older checkpoints lack that."""
+  parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  optional = ("frozen", "buffers")
+  return {k: v for k, v in parts.items() if k not in optional or v}

@@ -197,19 +197,12 @@ class Run:
     self._path = workdir / "run.json"
     self._program = program
     self._begun = time.perf_counter()
-    self._masks = getattr(program.objective, "shapes", None)
     if jax.process_index():
       return
     if start:
       print(f"resuming from step {start}", file=sys.stderr)
-    if self._masks is not None:
-      m = self._masks
-      print(
-        f"masks: {m.num_contexts} x {m.context_patches} context patches "
-        f"({m.context_padding:.1%} padding), {m.num_targets} x "
-        f"{m.target_patches} target patches ({m.target_padding:.1%})",
-        file=sys.stderr,
-      )
+    for name, fact in program.objective.facts().items():
+      print(f"{name}: {fact}", file=sys.stderr)
     now = datetime.datetime.now().astimezone()
     self._started = now.isoformat(timespec="seconds")
     self._before: dict[str, Any] = {}
@@ -239,7 +232,10 @@ class Run:
       if images_per_second
       else self._before.get("images_per_second"),
       "parameters": sizes,
-      "masks": self._masks and dataclasses.asdict(self._masks),
+      **{
+        name: dataclasses.asdict(fact)
+        for name, fact in self._program.objective.facts().items()
+      },
       "packages": {name: importlib.metadata.version(name) for name in packages},
       "python": sys.version.split()[0],
     }

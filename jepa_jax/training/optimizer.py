@@ -5,7 +5,9 @@ to the last bit of its float32, the same on every device, and the log shows
 what the step used.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -101,9 +103,23 @@ def decayed(params: Any) -> Any:
 
 
 def make_optimizer(
-  config: ml_collections.ConfigDict, schedules: Schedules
+  config: ml_collections.ConfigDict,
+  schedules: Schedules,
+  learning_rate_scale: Callable[[Any], Any] = lambda params: None,
 ) -> optax.GradientTransformation:
   """AdamW with scheduled learning rate and weight decay.
+
+  Args:
+    config: see jepa_jax.config; reads `optimizer`.
+    schedules: see make_schedules.
+    learning_rate_scale: params -> tree of factors that broadcast against
+      them, or None. config.optimizer.lr_scale multiplies them.
+
+  Returns:
+    The transformation. Where nothing is scaled its state has no part of it.
+
+  Raises:
+    ValueError: a pattern of optimizer.lr_scale is found in no parameter.
 
   Reference: Loshchilov and Hutter 2019, arXiv:1711.05101.
   """
@@ -117,6 +133,45 @@ def make_optimizer(
     weight_decay=lambda step: lookup(schedules.weight_decay, step),
     mask=decayed,
   )
+
+  def scaled(updates: Any, params: Any) -> Any:
+    factors = _by_pattern(settings.lr_scale, params)
+    for tree in (factors, learning_rate_scale(params)):
+      if tree is not None:
+        updates = jax.tree.map(lambda u, f: u * f, updates, tree)
+    return updates
+
+  def update(updates, state, params):
+    # Of the update, so that weight decay is scaled as well.
+    updates, state = adamw.update(updates, state, params)
+    return scaled(updates, params), state
+
+  tx = optax.GradientTransformation(adamw.init, update)
   if settings.clip_norm:
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
-  return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
+  return tx
+
+
+def _by_pattern(rules: Sequence[tuple[str, float]], params: Any) -> Any:
+  """Factor of every parameter: of the first pattern found in its path, or 1."""
+  if not rules:
+    return None
+  found = set()
+
+  def factor(path: tuple[Any, ...], leaf: Any) -> float:
+    del leaf
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for pattern, value in rules:
+      if re.search(pattern, name):
+        found.add(pattern)
+        return value
+    return 1.0
+
+  factors = jax.tree_util.tree_map_with_path(factor, params)
+  for pattern, _ in rules:
+    if pattern not in found:
+      raise ValueError(
+        f'optimizer.lr_scale has the pattern "{pattern}", which decides for '
+        "no parameter; remove it, or put it before a broader one."
+      )
+  return factors

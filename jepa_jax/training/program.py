@@ -17,6 +17,7 @@ import optax
 
 from jepa_jax import config as config_lib
 from jepa_jax import objectives
+from jepa_jax.models import cpu
 from jepa_jax.training import optimizer, sharding
 
 
@@ -25,15 +26,26 @@ class TrainState(flax.struct.PyTreeNode):
 
   Attributes:
     step: int32 scalar, steps done.
-    params: network -> parameters, float32.
-    target_params: the moving average of the tracked part of params, float32.
+    params: network -> parameters that are optimised, float32.
+    target_params: the moving average of a part of params, float32.
     opt_state: of the optimizer.
+    frozen: network -> parameters that never change.
+    buffers: the objective's state without gradient.
   """
 
   step: jax.Array
   params: Any
   target_params: Any
   opt_state: optax.OptState
+  frozen: Any = flax.struct.field(default_factory=dict)
+  buffers: Any = flax.struct.field(default_factory=dict)
+
+  def network(self, name: str) -> Any:
+    """Parameters of a network as it is evaluated: averaged, if it is."""
+    for networks in (self.target_params, self.params, self.frozen):
+      if name in networks:
+        return networks[name]
+    raise ValueError(f'the state has no network "{name}".')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +62,8 @@ class Program:
     state_spec: the same for the state.
     init: seed -> TrainState, laid out on the mesh.
     step: (state, batch) -> (state, metrics, features); state is donated.
-      Metrics are float32 scalars; features [B, D] are for collapse metrics.
+      Metrics are float32 scalars; features [B, D], or None where the objective
+      has none, are for collapse metrics.
   """
 
   config: ml_collections.FrozenConfigDict
@@ -79,10 +92,10 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """
   config_lib.check(config)
   config = ml_collections.FrozenConfigDict(config)
-  slices = config.accumulate_steps * config.compute.parts
+  slices = config.accumulate_steps
   if config.batch_size // slices % mesh.size:
     raise ValueError(
-      f"batch_size {config.batch_size} in {slices} slices "
+      f"batch_size {config.batch_size} in {slices} microbatches "
       f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
       f"{_nearest_multiples(config.batch_size, mesh.size * slices)}."
     )
@@ -90,23 +103,30 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   if config.compute.attention == "cudnn" and platform not in ("gpu", "cuda"):
     raise ValueError(
       f'compute.attention is "cudnn" on a {platform}; it needs an NVIDIA GPU: '
-      'make it "own" or "xla".'
+      'make it "xla".'
     )
   objective = objectives.load(config.objective).from_config(config)
   schedules = optimizer.make_schedules(config)
-  tx = optimizer.make_optimizer(config, schedules)
+  tx = optimizer.make_optimizer(
+    config, schedules, objective.learning_rate_scale
+  )
 
   def init(rng: jax.Array) -> TrainState:
-    params = objective.init(rng)
+    networks = objective.init(rng)
+    frozen = {name: networks.pop(name) for name in objective.frozen}
     return TrainState(
       step=jnp.zeros((), jnp.int32),
-      params=params,
+      params=networks,
       # A copy: the step is given both to overwrite.
-      target_params=jax.tree.map(jnp.copy, objective.tracked(params)),
-      opt_state=tx.init(params),
+      target_params=jax.tree.map(jnp.copy, objective.averaged(networks)),
+      opt_state=tx.init(networks),
+      frozen=frozen,
+      buffers=objective.buffers(),
     )
 
   state_shapes = jax.eval_shape(init, jax.random.key(0))
+  params, opt_state = state_shapes.params, state_shapes.opt_state
+  jax.eval_shape(tx.update, params, opt_state, params)  # finds what is wrong
   shardings = sharding.state_shardings(state_shapes, mesh, config.sharding)
   replicated = sharding.replicated(mesh)
   split = sharding.batch_sharding(mesh)
@@ -146,49 +166,42 @@ def _make_step(
 ) -> Callable[..., Any]:
   """The train step as a plain function, before jit."""
 
-  def total_and_rest(params, target_params, batch, rng):
+  def gradients(params, target_params, batch, rng, buffers):
+    """Gradients and Loss of a microbatch."""
     with sharding.network_layout(mesh):
-      loss = objective.loss(params, target_params, batch, rng)
-    return loss.total, loss
+      targets = jax.lax.stop_gradient(
+        objective.targets(target_params, batch, buffers)
+      )
+    if mesh.devices.flat[0].platform == "cpu":
+      batch = cpu.after(batch, targets)
 
-  def part_gradients(params, target_params, batch, rng):
-    grad = jax.grad(total_and_rest, has_aux=True)
-    grads, loss = grad(params, target_params, batch, rng)
+    def total(params):
+      with sharding.network_layout(mesh):
+        loss = objective.loss(params, targets, batch, rng, buffers)
+      return loss.total, loss
+
+    grads, loss = jax.grad(total, has_aux=True)(params)
     # Scattered as they are made, in the type that they are made in.
     return jax.lax.with_sharding_constraint(grads, shardings.params), loss
 
-  def gradients(params, target_params, batch, rng):
-    parts = config.compute.parts
-    if parts == 1:
-      return part_gradients(params, target_params, batch, rng)
-    # Not a loop: XLA's CPU works on whatever is ready.
-    cut = (_cut(batch, parts), jax.random.split(rng, parts))
-    done = [
-      part_gradients(
-        params, target_params, *jax.tree.map(lambda x, i=i: x[i], cut)
-      )
-      for i in range(parts)
-    ]
-    grads, losses = zip(*done)
-    add = lambda *grads: sum(g.astype(jnp.float32) for g in grads)
-    stack = lambda *losses: jnp.stack(losses)
-    return jax.tree.map(add, *grads), _join(jax.tree.map(stack, *losses))
-
   def accumulated_gradients(state, batch, rng):
-    slices = config.accumulate_steps
-    params, target_params = (
+    """The same of a batch, microbatch by microbatch."""
+    params, averaged, frozen = (
       sharding.compute_params(tree, places, config.compute.dtype, mesh)
       for tree, places in (
         (state.params, shardings.params),
         (state.target_params, shardings.target_params),
+        (state.frozen, shardings.frozen),
       )
     )
+    networks = frozen | averaged
+    slices = config.accumulate_steps
     if slices == 1:
-      return gradients(params, target_params, batch, rng)
+      return gradients(params, networks, batch, rng, state.buffers)
 
     def add(grads, xs):
       part, rng = xs
-      new, loss = gradients(params, target_params, part, rng)
+      new, loss = gradients(params, networks, part, rng, state.buffers)
       return jax.tree.map(jnp.add, grads, new), loss
 
     grads, losses = jax.lax.scan(
@@ -213,47 +226,50 @@ def _make_step(
     target_params = jax.tree.map(
       lambda target, new: momentum * target + (1.0 - momentum) * new,
       state.target_params,
-      objective.tracked(params),
+      objective.averaged(params),
     )
     metrics = {
       "loss": loss.total / loss.weight,
       "learning_rate": optimizer.lookup(schedules.lr, state.step),
       "weight_decay": optimizer.lookup(schedules.weight_decay, state.step),
-      "momentum": momentum,
+      **({"momentum": momentum} if target_params else {}),
       **{name: norm / loss.weight for name, norm in norms.items()},
       **loss.metrics,
     }
-    new_state = TrainState(
+    new_state = state.replace(
       step=state.step + 1,
       params=params,
       target_params=target_params,
       opt_state=opt_state,
+      buffers=state.buffers if loss.buffers is None else loss.buffers,
     )
     return new_state, metrics, loss.features
 
   return step
 
 
-def _cut(batch: dict[str, jax.Array], slices: int) -> dict[str, jax.Array]:
-  """[B, ...] -> [slices, B / slices, ...] of every array.
+def _cut(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+  """[B, ...] -> [microbatches, images of one, ...] of every array.
 
-  Every device keeps its own images: slices are cut inside its share.
+  Every device keeps its own images: they are cut inside its share.
   """
   cut = lambda x: jnp.moveaxis(
-    x.reshape(x.shape[0] // slices, slices, *x.shape[1:]), 1, 0
+    x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0
   )
   return jax.tree.map(cut, batch)
 
 
 def _join(losses: objectives.Loss) -> objectives.Loss:
-  """The loss of a batch from those of its slices, stacked in front."""
+  """The loss of a batch from those of its microbatches, stacked in front."""
+  mean = lambda tree: jax.tree.map(lambda x: x.mean(axis=0), tree)
   return objectives.Loss(
     total=losses.total.sum(),
     weight=losses.weight.sum(),
-    metrics=jax.tree.map(lambda x: x.mean(axis=0), losses.metrics),
-    features=jnp.moveaxis(losses.features, 0, 1).reshape(
-      -1, losses.features.shape[-1]
+    metrics=mean(losses.metrics),
+    features=jax.tree.map(
+      lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1]), losses.features
     ),
+    buffers=mean(losses.buffers),
   )
 
 

@@ -1,0 +1,173 @@
+"""Whole runs of every objective but I-JEPA, whose runs test_train has.
+
+What the trainer, evaluations, report and `load` promise holds for objectives
+that they do not know, one of them outside of the package.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_program import OUTSIDE, config_of
+from test_train import final_params, metrics
+
+import jepa_jax
+from jepa_jax import command, objectives, train
+from jepa_jax import config as config_lib
+
+OTHERS = [*sorted(set(objectives.OBJECTIVES) - {"ijepa"}), OUTSIDE]
+
+
+def run_config(name, scenes_dir):
+  config = config_of(name)
+  config.total = "6 steps"
+  config.data.data_dir = scenes_dir
+  config.data.label = "count"
+  config.encoder.depth = 2
+  config.evaluations.count = config_lib.evaluation("count")
+  config.evaluations.count.features = ("last",)
+  return config
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def runs(request, tmp_path_factory, scenes_dir):
+  """A run, and one that was stopped in the middle and started again."""
+  config = run_config(request.param, scenes_dir)
+  folder = tmp_path_factory.mktemp("runs")
+  assert train.train_and_evaluate(config, folder / "whole") == 0
+  code = train.train_and_evaluate(config, folder / "halves", stop_at=3)
+  assert code == command.EXIT_PREEMPTED
+  assert train.train_and_evaluate(config, folder / "halves") == 0
+  return config, folder / "whole", folder / "halves"
+
+
+def test_a_resumed_run_ends_in_the_same_bits(runs):
+  config, whole, halves = runs
+  a, b = (final_params(config, workdir) for workdir in (whole, halves))
+  assert int(a.step) == 6
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_it_is_evaluated_and_reported(runs):
+  config, whole, _ = runs
+  table = json.loads((whole / "evaluations.json").read_text())
+  encoders = {row["encoder"] for row in table}
+  assert encoders == {"trained", "random", "pixels"}
+  row = metrics(whole)[6]
+  assert {"loss", "effective_rank", "grad_norm/encoder"} <= row.keys()
+  assert ("momentum" in row) == (config.objective == OUTSIDE)
+  page = (whole / "report.html").read_text()
+  assert "count" in page and "<svg" in page
+  assert ("Momentum" in page) == (config.objective == OUTSIDE)
+
+
+def test_it_loads(runs):
+  config, whole, _ = runs
+  model = jepa_jax.load(whole)
+  images = np.random.default_rng(0).integers(
+    0, 256, (3, 40, 40, 3), dtype=np.uint8
+  )
+  state = final_params(config, whole)
+  expected = model.module.apply(
+    {"params": state.network("encoder")}, model.preprocessing(images)
+  ).mean(axis=1)
+  np.testing.assert_allclose(model.encode(images), expected, atol=1e-4)
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax
+import test_program
+from jepa_jax.training import program as program_lib, sharding
+
+results = {}
+for name in test_program.OBJECTIVES:
+  losses = []
+  for data, fsdp in ((1, 1), (2, 2)):
+    config = test_program.config_of(name)
+    config.encoder.depth = 2
+    config.mesh.data, config.mesh.fsdp = data, fsdp
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: data * fsdp])
+    program = program_lib.build(config, mesh)
+    state = program.init(0)
+    for step in range(3):
+      batch = test_program.make_batch(program, step)
+      batch = {
+        k: jax.device_put(v, program.batch_spec[k].sharding)
+        for k, v in batch.items()
+      }
+      state, metrics, _ = program.step(state, batch)
+      losses.append(float(metrics["loss"]))
+  split = [
+    x.sharding.shard_shape(x.shape) != x.shape
+    for x in jax.tree.leaves(state.frozen) if x.ndim > 2
+  ]
+  results[name] = losses, all(split)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def meshes():
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += " --xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [*OTHERS])
+def test_a_mesh_changes_nothing_but_the_rounding(meshes, name):
+  losses, frozen_is_split = meshes[name]
+  np.testing.assert_allclose(losses[:3], losses[3:], rtol=1e-5)
+  assert frozen_is_split
+
+
+def test_names_without_a_provider_are_refused(config, scenes_dir):
+  from jepa_jax.data import pipeline
+
+  config.data.data_dir = scenes_dir
+  spec = jax.ShapeDtypeStruct
+  image = spec((4, 40, 40, 3), np.uint8)
+  with pytest.raises(ValueError, match='"speech".* there are: image, label'):
+    pipeline.train_dataset(config, {"speech": image})
+  with pytest.raises(ValueError, match=r"uint8 \(40, 40, 1\).*\(40, 40, 3\)"):
+    pipeline.train_dataset(config, {"image": spec((4, 40, 40, 1), np.uint8)})
+  with pytest.raises(ValueError, match="data.label is empty"):
+    pipeline.train_dataset(config, {"label": spec((4,), np.int32)})
+
+
+def test_a_batch_holds_what_is_declared_and_labels_go_with_images(
+  config, scenes_dir
+):
+  from jepa_jax.data import pipeline
+
+  data = config.data
+  data.data_dir, data.label = scenes_dir, "count"
+  data.crop_scale = data.crop_ratio = (1.0, 1.0)  # whole images
+  spec = {"label": jax.ShapeDtypeStruct((4,), np.int16)}
+  spec["image"] = jax.ShapeDtypeStruct((4, 40, 40, 3), np.uint8)
+  everything = pipeline.evaluation_dataset(data, batch_size=24, label="count")
+  (whole,) = everything.as_numpy_iterator()
+  labels = {
+    image.tobytes(): label
+    for image, label in zip(whole["image"], whole["label"])
+  }
+  assert len(labels) == 24 and len({*labels.values()}) > 2
+  dataset = pipeline.train_dataset(config, spec)
+  for batch in dataset.take(6).as_numpy_iterator():
+    assert [*batch] == ["label", "image"] and batch["label"].dtype == np.int16
+    found = [labels[image.tobytes()] for image in batch["image"]]
+    assert found == batch["label"].tolist()
