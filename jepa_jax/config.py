@@ -16,8 +16,6 @@ from typing import Any
 
 import ml_collections
 
-from jepa_jax import models
-
 
 def defaults() -> ml_collections.ConfigDict:
   """Every key there is: ViT-H/14 as released, on ImageNet-1k.
@@ -47,7 +45,7 @@ def defaults() -> ml_collections.ConfigDict:
   c.data.image_size = 224  # side in pixels, after cropping
   c.data.channels = 3  # 1: grey, 3: colour
   c.data.mean = (0.485, 0.456, 0.406)  # a channel, on a scale of 0 to 1
-  c.data.std = (0.229, 0.224, 0.225)
+  c.data.std = (0.229, 0.224, 0.225)  # a channel, on the same scale
   c.data.crop_scale = (0.3, 1.0)  # share of the image's area, min and max
   c.data.crop_ratio = (3 / 4, 4 / 3)  # width over height, min and max
   c.data.flip = False  # mirrors half of the images
@@ -58,39 +56,42 @@ def defaults() -> ml_collections.ConfigDict:
   c.data.threads = 0  # of the pipeline; 0: one a core
 
   c.masks = ml_collections.ConfigDict()
-  c.masks.name = "released"  # sampler: "released", "corrected", ...
+  c.masks.name = "released"  # see masks.SAMPLERS; or "my_package.module:name"
   c.masks.num_contexts = 1  # context blocks an image
   c.masks.num_targets = 4  # target blocks an image
   c.masks.context_scale = (0.85, 1.0)  # share of the grid's area, min and max
-  c.masks.target_scale = (0.15, 0.2)
+  c.masks.target_scale = (0.15, 0.2)  # share of the grid's area, min and max
   c.masks.aspect_ratio = (0.75, 1.5)  # of targets, height over width
   c.masks.allow_overlap = False  # of the context with the targets
   c.masks.min_keep = 10  # patches that a context must have
   c.masks.context_patches = 0  # K; 0: what the released recipe trains on
 
   c.encoder = ml_collections.ConfigDict()
-  c.encoder.update(models.SIZES["h"])  # width, depth, num_heads, mlp_ratio
+  c.encoder.width = 1280  # features a patch; models.SIZES has others' numbers
+  c.encoder.depth = 32  # blocks
+  c.encoder.num_heads = 16  # of attention, that share the width
+  c.encoder.mlp_ratio = 4.0  # hidden features over width
   c.encoder.patch_size = 14  # pixels
-  c.encoder.dropout = 0.0
+  c.encoder.dropout = 0.0  # probability, in every block
   c.encoder.drop_path = 0.0  # stochastic depth of the last block
   c.predictor = ml_collections.ConfigDict()
-  c.predictor.width = 384
-  c.predictor.depth = 12
-  c.predictor.num_heads = 16
-  c.predictor.mlp_ratio = 4.0
+  c.predictor.width = 384  # features a patch
+  c.predictor.depth = 12  # blocks
+  c.predictor.num_heads = 16  # of attention, that share the width
+  c.predictor.mlp_ratio = 4.0  # hidden features over width
   c.loss = "smooth_l1"  # or "l2"
 
   c.optimizer = ml_collections.ConfigDict()  # AdamW
-  c.optimizer.warmup = "40 epochs"  # learning rate rises linearly
-  c.optimizer.lr_start = 2e-4
-  c.optimizer.lr = 1e-3
-  c.optimizer.lr_end = 1e-6
-  c.optimizer.weight_decay_start = 0.04
-  c.optimizer.weight_decay_end = 0.4
+  c.optimizer.warmup = "40 epochs"  # lr rises linearly from lr_start
+  c.optimizer.lr_start = 2e-4  # learning rate of the first step
+  c.optimizer.lr = 1e-3  # learning rate at the end of the warm-up
+  c.optimizer.lr_end = 1e-6  # of the last step, reached along a cosine
+  c.optimizer.weight_decay_start = 0.04  # of the first step
+  c.optimizer.weight_decay_end = 0.4  # of the last step
   c.optimizer.weight_decay_shape = "cosine"  # or "linear"
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.999
-  c.optimizer.eps = 1e-8
+  c.optimizer.b1 = 0.9  # decay of the first moment
+  c.optimizer.b2 = 0.999  # decay of the second moment
+  c.optimizer.eps = 1e-8  # added to the root of the second moment
   c.optimizer.mu_dtype = "float32"  # of the first moment; or "bfloat16"
   c.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: no clipping
   # (pattern of a parameter's path, factor of its learning rate and decay), the
@@ -104,9 +105,9 @@ def defaults() -> ml_collections.ConfigDict:
   # What the backward pass computes again to save memory, besides GELU and
   # LayerNorm, which it always does: "none", "products"
   # (all but matrix products), "dots" (all but products with weights) or
-  # "full"; in every n-th block.
+  # "full".
   c.compute.remat = "none"
-  c.compute.remat_every = 1
+  c.compute.remat_every = 1  # in every n-th block
   # "xla"; "pallas", which on a TPU is one kernel (compiled for TPUs, not run
   # on one); or "cudnn" (NVIDIA GPUs, 16 bits).
   c.compute.attention = "xla"
@@ -118,9 +119,9 @@ def defaults() -> ml_collections.ConfigDict:
   c.sharding = ((r"(bias|scale|mask_token|count|step)$", "replicate"),)
   c.sharding += ((".*", "split"),)
 
-  c.log_every = "50 steps"
+  c.log_every = "50 steps"  # a row of the log
   c.checkpoint = ml_collections.ConfigDict()
-  c.checkpoint.every = "1 epochs"
+  c.checkpoint.every = "1 epochs"  # besides the one at the end
   c.checkpoint.keep = 2  # newest ones
   c.checkpoint.keep_best = 1  # best ones by `best_metric`; 0: none
   c.checkpoint.best_metric = ""  # "count/linear/last"; "": the first linear one

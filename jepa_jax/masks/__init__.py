@@ -17,6 +17,7 @@ target, H x W patches of the grid, N = H * W. Ids count in row-major order.
 
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,6 +58,28 @@ class MaskShapes:
       f"({self.context_padding:.1%} padding), {self.num_targets} x "
       f"{self.target_patches} target patches ({self.target_padding:.1%})"
     )
+
+
+def load(name: str) -> Sampler:
+  """Finds a sampler by its name in SAMPLERS, or by "my_package.module:name".
+
+  Raises:
+    ValueError: unknown name, with the known ones.
+  """
+  module, colon, attribute = name.partition(":")
+  if name not in SAMPLERS and not colon:
+    raise ValueError(
+      f'unknown mask sampler "{name}"; known: {", ".join(sorted(SAMPLERS))} '
+      '(or "my_package.module:name").'
+    )
+  if not colon:
+    return SAMPLERS[name]
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(
+      f'mask sampler "{name}" cannot be imported: {error}'
+    ) from error
 
 
 def mask_shapes(config: Any, grid: tuple[int, int]) -> MaskShapes:
@@ -116,17 +139,16 @@ def sample(
     ValueError: as `mask_shapes`.
   """
   settings = _settings(config, grid)
-  shapes = _mask_shapes(settings)
+  shapes, sampler = _mask_shapes(settings), load(settings.name)
   draw, image_key = _draw(settings, seed, step, epoch, index, xp)
-  k, overflow = shapes.context_patches, SAMPLERS[settings.name].overflow
+  k, overflow = shapes.context_patches, sampler.overflow
   context_ids, context_valid = _to_static_size(
     xp, draw.context, k, overflow, image_key, 0, draw.order
   )
   targets = draw.targets
   if not isinstance(targets, tuple):
     t = shapes.target_patches
-    cut = SAMPLERS[settings.name].target_quantile < 1
-    overflow = "random" if cut else "first"
+    overflow = "random" if sampler.target_quantile < 1 else "first"
     targets = _to_static_size(xp, targets, t, overflow, image_key, 1)
   return {
     "context_ids": context_ids,
@@ -155,7 +177,7 @@ def _draw(
     xp, counter_rng.stream_key(seed, counter_rng.MASK_IMAGE), epoch
   )
   image_key = counter_rng.fold_in(xp, image_key, index)
-  draw = SAMPLERS[settings.name].draw(settings, xp, batch_key, image_key)
+  draw = load(settings.name).draw(settings, xp, batch_key, image_key)
   return draw, image_key
 
 
@@ -187,7 +209,7 @@ def _to_static_size(
 
 @functools.cache
 def _mask_shapes(settings: Settings) -> MaskShapes:
-  sampler = SAMPLERS[settings.name]
+  sampler = load(settings.name)
   sampler.check(settings)
   contexts, targets = [], []
   images = np.arange(_SIMULATED_BATCHES * _SIMULATED_BATCH_SIZE)
@@ -218,9 +240,5 @@ def _mask_shapes(settings: Settings) -> MaskShapes:
 def _settings(config: Any, grid: tuple[int, int]) -> Settings:
   """Checks config.masks and makes it hashable."""
   settings = Settings.from_config(config, grid)
-  if settings.name not in SAMPLERS:
-    raise ValueError(
-      f'unknown mask sampler "{settings.name}"; known:'
-      f" {', '.join(sorted(SAMPLERS))}"
-    )
+  load(settings.name)  # ValueError where there is none
   return settings

@@ -1,0 +1,337 @@
+"""Makes the pages that follow from the code: config.md, api.md, index.md.
+
+    python docs/generate.py          # writes them
+    python docs/generate.py --check  # says which are not current, and exits 1
+
+config.md has every key of jepa_jax.config with its default and its comment,
+api.md the public names of MODULES with their docstrings, and index.md the
+README for the site. All are read from the source; only the defaults of the
+configuration are computed.
+"""
+
+import argparse
+import ast
+import io
+import pathlib
+import re
+import sys
+import textwrap
+import tokenize
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# What a program outside may import, in the order of the page.
+MODULES = (
+  "jepa_jax.pretrained",
+  "jepa_jax.convert",
+  "jepa_jax.models",
+  "jepa_jax.masks",
+  "jepa_jax.masks.samplers",
+  "jepa_jax.objectives",
+  "jepa_jax.objectives.ijepa",
+  "jepa_jax.config",
+  "jepa_jax.data.pipeline",
+  "jepa_jax.data.scenes",
+  "jepa_jax.training.program",
+  "jepa_jax.training.sharding",
+  "jepa_jax.planning.estimate",
+  "jepa_jax.evaluation.collapse",
+  "jepa_jax.evaluation.probes",
+  "jepa_jax.train",
+  "jepa_jax.evaluate",
+)
+
+_MADE = "<!-- Made by docs/generate.py: change the source, not this page. -->\n"
+_CONFIG = """\
+An experiment starts from these defaults and changes what it wants to; the
+command line overrides any key, as in `--config.batch_size=256`. A key that does
+not exist ends in one line that names the nearest.
+"""
+_API = """\
+What a program outside may import. `jepa_jax.load`, `Pretrained` and
+`warm_start` are those of `jepa_jax.pretrained`. Axes: B batch, H W pixels, C
+channels, N patches, K context patches, M target blocks, T patches a block, D
+encoder width, P predictor width.
+"""
+_SECTION = re.compile(
+  r"^(Args|Attributes|Returns|Yields|Raises|Reference|Differs): ?(.*)$"
+)
+
+
+def source_of(module: str) -> pathlib.Path:
+  """The file of a module or of a package."""
+  path = ROOT.joinpath(*module.split("."))
+  return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+# ---------------------------------------------------------------------------
+# config.md
+
+
+def comments(function: ast.FunctionDef, text: str) -> dict[str, str]:
+  """Dotted key -> the comments above and beside its assignment `c.key = `."""
+  alone, beside = {}, {}  # line -> comment
+  for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    if token.type == tokenize.COMMENT:
+      place = beside if token.line[: token.start[1]].strip() else alone
+      place[token.start[0]] = token.string.lstrip("# ")
+  found: dict[str, str] = {}
+  for node in function.body:
+    if isinstance(node, (ast.Assign, ast.AugAssign)):
+      target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+      key = ast.unparse(target)
+    else:
+      continue
+    said, line = [beside.get(node.end_lineno, "")], node.lineno - 1
+    while line in alone:
+      said.insert(0, alone[line])
+      line -= 1
+    if key.startswith("c.") and not found.get(key[2:]):
+      found[key[2:]] = " ".join(said).strip()
+  return found
+
+
+def config_page() -> str:
+  """Every key with its default and what is said of it."""
+  from jepa_jax import command, config
+
+  path = source_of("jepa_jax.config")
+  text = path.read_text()
+  functions = {
+    node.name: node
+    for node in ast.parse(text).body
+    if isinstance(node, ast.FunctionDef)
+  }
+  said = comments(functions["defaults"], text)
+  page = [_MADE, "# Configuration\n"]
+  page.append(_CONFIG)
+  page.append(prose(ast.get_docstring(functions["defaults"])) + "\n")
+  groups: dict[str, list[str]] = {}
+  leaves = command.flatten(config.defaults())
+  if missing := [key for key in leaves if not said.get(key)]:
+    raise ValueError(f"{path}: say in a comment what {missing} are.")
+  for key in sorted(leaves, key=list(said).index):
+    group = key.rpartition(".")[0]
+    groups.setdefault(group, []).append(row(key, leaves[key], said[key]))
+  for group, rows in groups.items():
+    page.append(f"## {group or 'The run'}\n")
+    if group and said.get(group):
+      page.append(_sentence(said[group]) + "\n")
+    page.append("| key | default | what |\n|---|---|---|\n" + "".join(rows))
+  page.append("## evaluations\n")
+  page.append(_sentence(said["evaluations"]) + "\n")
+  page.append(docstring(functions["evaluation"]))
+  settings = config.evaluation("count").to_dict()
+  said = comments(functions["evaluation"], text)
+  page.append("| key | default | what |\n|---|---|---|\n")
+  page[-1] += "".join(
+    row(f"evaluations.NAME.{key}", value, said.get(key, ""))
+    for key, value in settings.items()
+    if said.get(key)
+  )
+  return "\n".join(page)
+
+
+def row(key: str, default: object, what: str) -> str:
+  """A line of a table of keys."""
+  shown = f"{default!r}".replace("|", "\\|")
+  what = what.replace("|", "\\|")
+  return f"| `{key}` | `{shown}` | {what} |\n"
+
+
+def _sentence(text: str) -> str:
+  return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+# ---------------------------------------------------------------------------
+# api.md
+
+
+def prose(text: str | None) -> str:
+  """A docstring's text as Markdown; indented examples become blocks."""
+  blocks = []
+  for block in re.split(r"\n\s*\n", textwrap.dedent(text or "")):
+    lines = block.splitlines()
+    if lines and all(line.startswith("  ") for line in lines):
+      language = "sh" if "python -m" in block else "python"
+      block = f"```{language}\n{textwrap.dedent(block).strip()}\n```"
+    blocks.append(block)
+  return re.sub(r"\n```\n\n```\w+\n", "\n\n", "\n\n".join(blocks))
+
+
+def docstring(node: ast.AST) -> str:
+  """The docstring of a node, with its sections as lists."""
+  text, page, section = ast.get_docstring(node) or "", [], None
+  head: list[str] = []
+  body: list[str] = []
+
+  def close() -> None:
+    if section is None:
+      page.append(prose("\n".join(head).strip()))
+    elif section in ("Args", "Attributes"):
+      page.append(f"**{section}**\n\n{_items(body)}")
+    else:
+      page.append(f"**{section}**: {_inline(body)}")
+
+  for line in text.splitlines():
+    if match := _SECTION.match(line):
+      close()
+      section, body = match[1], [match[2]] if match[2] else []
+    elif section is not None and line and not line.startswith(" "):
+      close()
+      section, head = None, [line]
+      body = []
+    else:
+      (head if section is None else body).append(line)
+  close()
+  return "\n\n".join(part for part in page if part.strip()) + "\n"
+
+
+def _items(lines: list[str]) -> str:
+  """`name: text` items, indented, as a list."""
+  items: list[str] = []
+  for line in textwrap.dedent("\n".join(lines)).splitlines():
+    if line and not line.startswith(" "):
+      name, _, text = line.partition(": ")
+      items.append(f"- `{name}`: {_escape(text)}")
+    elif line.strip():
+      items[-1] += f" {_escape(line.strip())}"
+  return "\n".join(items)
+
+
+def _inline(lines: list[str]) -> str:
+  return _escape(" ".join(" ".join(lines).split()))
+
+
+def _escape(text: str) -> str:
+  """Shapes such as [B, N] are no links, nor are <names> tags."""
+  parts = text.split("`")
+  for i in range(0, len(parts), 2):  # what stands between backticks is code
+    part = parts[i].replace("[", "\\[").replace("*", "\\*")
+    parts[i] = part.replace("<", "&lt;")
+  return "`".join(parts)
+
+
+def signature(node: ast.FunctionDef, name: str = "") -> str:
+  """The line of `def`, on more lines where it is long."""
+  arguments = ast.unparse(node.args)
+  returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+  line = f"{name or node.name}({arguments}){returns}"
+  if len(line) <= 76:
+    return line
+  parts, depth, start = [], 0, 0
+  for i, letter in enumerate(arguments):
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      parts.append(arguments[start:i].strip())
+      start = i + 1
+  parts.append(arguments[start:].strip())
+  lines = "".join(f"  {part},\n" for part in parts)
+  return f"{name or node.name}(\n{lines}){returns}"
+
+
+def definition(node: ast.AST, level: int = 3) -> str:
+  """A function, or a class with its public methods, as Markdown."""
+  page = [f"{'#' * level} `{node.name}`\n"]
+  if isinstance(node, ast.FunctionDef):
+    if any(ast.unparse(d) == "property" for d in node.decorator_list):
+      page.append("A property.\n")
+    else:
+      page.append(f"```text\n{signature(node)}\n```\n")
+    return "\n".join([*page, docstring(node)])
+  fields = [
+    f"{statement.target.id}: {ast.unparse(statement.annotation)}"
+    + (f" = {ast.unparse(statement.value)}" if statement.value else "")
+    for statement in node.body
+    if isinstance(statement, ast.AnnAssign)
+    and not statement.target.id.startswith("_")
+  ]
+  if fields:
+    page.append("```text\n{}\n```\n".format("\n".join(fields)))
+  page.append(docstring(node))
+  for method in node.body:
+    if not isinstance(method, ast.FunctionDef) or not ast.get_docstring(method):
+      continue
+    if not method.name.startswith("_") or method.name == "__call__":
+      page.append(definition(method, level + 1))
+  return "\n".join(page)
+
+
+def public(module: str) -> list[ast.AST]:
+  """Functions and classes that a module defines, or takes in by name."""
+  tree = ast.parse(source_of(module).read_text())
+  names = next(
+    (
+      {constant.value for constant in node.value.elts}
+      for node in tree.body
+      if isinstance(node, ast.Assign)
+      and ast.unparse(node.targets[0]) == "__all__"
+    ),
+    set(),
+  )
+  found = []
+  for node in tree.body:
+    if isinstance(node, ast.ImportFrom) and names:
+      wanted = names & {alias.name for alias in node.names}
+      inner = ast.parse(source_of(node.module).read_text() if wanted else "")
+      found += [n for n in inner.body if getattr(n, "name", "") in wanted]
+    elif (
+      isinstance(node, (ast.FunctionDef, ast.ClassDef))
+      and not node.name.startswith("_")
+      and ast.get_docstring(node)
+    ):
+      found.append(node)
+  return found
+
+
+def api_page() -> str:
+  """The public names of MODULES."""
+  page = [_MADE, "# API\n"]
+  page.append(_API)
+  for module in MODULES:
+    page.append(f"## {module}\n")
+    page.append(docstring(ast.parse(source_of(module).read_text())))
+    page += [definition(node) for node in public(module)]
+  return "\n".join(page)
+
+
+# ---------------------------------------------------------------------------
+# index.md
+
+
+def index_page() -> str:
+  """The README, with links as they are from inside docs/."""
+  text = (ROOT / "README.md").read_text().replace("](docs/", "](")
+  outside = r"\[([\w.]+)\]\((?!http)[\w.]+\.(?:cff|py)\)"
+  text = re.sub(outside, r"`\1`", text)
+  text = text.replace("[CONTRIBUTING.md](CONTRIBUTING.md)", "`CONTRIBUTING.md`")
+  return _MADE + "\n" + text
+
+
+PAGES = {
+  "config.md": config_page,
+  "api.md": api_page,
+  "index.md": index_page,
+}
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--check", action="store_true", help="writes nothing")
+  check = parser.parse_args().check
+  sys.path.insert(0, str(ROOT))
+  stale = []
+  for name, make in PAGES.items():
+    path = ROOT / "docs" / name
+    text = make()
+    if not path.exists() or path.read_text() != text:
+      stale.append(name)
+      if not check:
+        path.write_text(text)
+  if stale and check:
+    print(f"{', '.join(stale)}: run python docs/generate.py")
+  return int(bool(stale) and check)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
