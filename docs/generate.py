@@ -153,10 +153,20 @@ def prose(text: str | None) -> str:
   for block in re.split(r"\n\s*\n", textwrap.dedent(text or "")):
     lines = block.splitlines()
     if lines and all(line.startswith("  ") for line in lines):
-      language = "sh" if "python -m" in block else "python"
-      block = f"```{language}\n{textwrap.dedent(block).strip()}\n```"
+      block = textwrap.dedent(block).strip()
+      block = f"```{_language(block)}\n{block}\n```"
     blocks.append(block)
   return re.sub(r"\n```\n\n```\w+\n", "\n\n", "\n\n".join(blocks))
+
+
+def _language(block: str) -> str:
+  if block.startswith("python -m"):
+    return "sh"
+  try:
+    ast.parse(block)
+  except SyntaxError:
+    return "text"
+  return "python"
 
 
 def docstring(node: ast.AST) -> str:
