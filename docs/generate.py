@@ -26,6 +26,7 @@ MODULES = (
   "jepa_jax.convert",
   "jepa_jax.models",
   "jepa_jax.masks",
+  "jepa_jax.masks.interface",
   "jepa_jax.masks.samplers",
   "jepa_jax.objectives",
   "jepa_jax.objectives.ijepa",

@@ -60,7 +60,7 @@ class MaskShapes:
     )
 
 
-def load(name: str) -> Sampler:
+def load(name: str) -> samplers.Sampler:
   """Finds a sampler by its name in SAMPLERS, or by "my_package.module:name".
 
   Raises:
