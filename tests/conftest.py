@@ -1,13 +1,24 @@
 """Shared parts of the tests: paths, a small config, quick compilation."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 # The numbers that tests compare with are a CPU's, and of the processes that
 # run tests at once one alone could open a TPU. Before JAX is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What one test compiles is there for the others of the session, in whatever
+# process: most of them want the same train step. The folder goes with the
+# session, so that none finds what another version of XLA has left.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import pytest
 

@@ -17,6 +17,8 @@ from jepa_jax.planning import estimate
 
 pytestmark = pytest.mark.tpu
 
+_LEFT_OUT = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+
 EXPERIMENT = """
 from jepa_jax import config as config_lib
 def get_config():
@@ -40,7 +42,8 @@ def run_python(*arguments, **variables):
     [sys.executable, *arguments],
     capture_output=True,
     text=True,
-    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables,
+    # Nothing of what makes the other tests quick.
+    env={k: v for k, v in os.environ.items() if k not in _LEFT_OUT} | variables,
   )
 
 

@@ -1,5 +1,6 @@
 """What the train loop costs beside its steps."""
 
+from collections.abc import Callable
 import pathlib
 import tempfile
 import time
@@ -42,7 +43,6 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   host = step_lib.host_batch(program.batch_spec)
   on_device = step_lib.synthetic_batch(program.batch_spec)
-  cpu: dict[str, list[float]] = {"bare": [], "loop": []}
 
   with (
     tempfile.TemporaryDirectory() as folder,
@@ -72,25 +72,11 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
       loop.advance(loop.step + steps)
       jax.block_until_ready(loop.state)
 
-    def timed(name: str, work: Any) -> float:
-      began, cpu_began = time.perf_counter(), time.process_time()
-      work()
-      cpu[name].append(time.process_time() - cpu_began)
-      return time.perf_counter() - began
-
-    seconds = bench.in_turns(
-      {
-        "bare": lambda: timed("bare", bare),
-        "loop": lambda: timed("loop", whole),
-      },
-      rounds,
-    )
+    seconds, cpu_seconds = _both_times({"bare": bare, "loop": whole}, rounds)
     if stopper.stopped:
       raise ValueError("stopped by a signal; nothing was measured.")
-  spent = {name: float(np.median(x[1:])) for name, x in cpu.items()}
-  device = program.mesh.devices.flat[0]
   row = {
-    "device": device.device_kind,
+    "device": program.mesh.devices.flat[0].device_kind,
     "devices": program.mesh.size,
     "batch_size": config.batch_size,
     "steps": rounds * steps,
@@ -98,11 +84,28 @@ def measure(config: Any, *, rounds: int = 5, steps: int = 0) -> list[bench.Row]:
   }
   for name in ("bare", "loop"):
     row[f"{name}_step_seconds"] = seconds[name] / steps
-    row[f"{name}_cpu_seconds_per_step"] = spent[name] / steps
+    row[f"{name}_cpu_seconds_per_step"] = cpu_seconds[name] / steps
     row[f"{name}_images_per_second"] = config.batch_size * steps / seconds[name]
   row["loop_share"] = seconds["bare"] / seconds["loop"]
-  row["loop_share_of_cpu"] = spent["bare"] / spent["loop"]
+  row["loop_share_of_cpu"] = cpu_seconds["bare"] / cpu_seconds["loop"]
   return [row]
+
+
+def _both_times(
+  work: dict[str, Callable[[], None]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+  """Median seconds, and of CPU time, of each work, done in turns."""
+  cpu: dict[str, list[float]] = {name: [] for name in work}
+
+  def timed(name: str) -> float:
+    began, cpu_began = time.perf_counter(), time.process_time()
+    work[name]()
+    cpu[name].append(time.process_time() - cpu_began)
+    return time.perf_counter() - began
+
+  seconds = bench.in_turns({n: lambda n=n: timed(n) for n in work}, rounds)
+  # The first of each is in_turns' untimed one.
+  return seconds, {name: float(np.median(x[1:])) for name, x in cpu.items()}
 
 
 def _forever(batch: dict[str, Any]) -> Any:

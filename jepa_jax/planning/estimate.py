@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from jepa_jax import objectives
 from jepa_jax.planning import chips, hlo
 from jepa_jax.training import program as program_lib
 from jepa_jax.training import sharding
@@ -195,22 +196,29 @@ class Cost:
 def costs(
   config: ml_collections.ConfigDict, devices: list[Any]
 ) -> dict[str, Cost]:
-  """Costs of the encoder's blocks, the predictor's, and the rest of a step.
+  """Costs of the blocks of every network, and of the rest of a step.
 
-  XLA counts the body of a loop once, however often it runs. So three shallow
-  steps are compiled without loops; what one block more costs, times the
-  blocks, is taken for the depth of the config. The first and the last blocks,
-  where less is computed, stay in the rest. Slices of an accumulated batch are
-  taken to cost the same, the optimizer included, which they share.
+  XLA counts the body of a loop once, however often it runs. So shallow steps
+  are compiled without loops, one of them with more blocks for each network;
+  what a block more costs, times the blocks, is taken for the depth of the
+  config. Beside the encoder, a network's first and last blocks, where less is
+  computed, stay in the rest. Slices of an accumulated batch are taken to cost
+  the same, the optimizer included, which they share.
+
+  Args:
+    config: see jepa_jax.config; a network whose section there, of the network's
+      name, has a `depth` counts as one of blocks.
+    devices: to compile for.
 
   Returns:
-    {"encoder", "predictor", "rest"} of one device.
+    Network -> its cost, and "rest", of one device.
   """
 
-  def shallow(encoder: int, predictor: int) -> Cost:
+  def shallow(depths: dict[str, int]) -> Cost:
     c = config.copy_and_resolve_references()
     with c.unlocked():
-      c.encoder.depth, c.predictor.depth = encoder, predictor
+      for name, depth in depths.items():
+        c[name].depth = depth
       c.compute.scan = False
       c.evaluations = ml_collections.ConfigDict()  # may ask for more layers
       c.batch_size //= c.accumulate_steps
@@ -220,17 +228,19 @@ def costs(
     memory = hlo.memory_traffic(compiled.text)
     return Cost(analysis["flops"], analysis["bytes accessed"], memory)
 
+  networks = objectives.load(config.objective).from_config(config).networks
+  networks = [name for name in networks if "depth" in config.get(name, {})]
   every = config.compute.remat_every if config.compute.remat != "none" else 1
-  base = (every, 2)
-  least = shallow(*base)
-  encoder = (shallow(base[0] + every, base[1]) - least) * (1 / every)
-  predictor = (shallow(base[0], base[1] + every) - least) * (1 / every)
-  slices = config.accumulate_steps
-  return {
-    "encoder": encoder * config.encoder.depth * slices,
-    "predictor": predictor * (config.predictor.depth - base[1]) * slices,
-    "rest": (least - encoder * base[0]) * slices,
-  }
+  base = {name: every if name == "encoder" else 2 for name in networks}
+  least = rest = shallow(base)
+  parts = {}
+  for name, depth in base.items():
+    block = (shallow(base | {name: depth + every}) - least) * (1 / every)
+    apart = 0 if name == "encoder" else depth
+    parts[name] = block * (config[name].depth - apart)
+    rest -= block * (depth - apart)
+  parts["rest"] = rest
+  return {name: cost * config.accumulate_steps for name, cost in parts.items()}
 
 
 def bound(
