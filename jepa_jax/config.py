@@ -8,6 +8,7 @@ An experiment is a file with `get_config(variant)` that starts from
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import pathlib
@@ -239,9 +240,7 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
   Raises:
     ValueError: it cannot be read, or counts epochs of an unknown size.
   """
-  value = config
-  for part in key.split("."):
-    value = value[part]
+  value = _value(config, key)
   duration = Duration.parse(value, key)
   if duration.unit == "epochs" and not config.data.num_examples:
     raise ValueError(
@@ -253,13 +252,7 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
 
 def needs_num_examples(config: ml_collections.ConfigDict) -> bool:
   """Whether a duration counts epochs of a size that is not known yet."""
-  texts = [
-    config.total,
-    config.optimizer.warmup,
-    config.log_every,
-    config.checkpoint.every,
-    config.evaluate_every,
-  ]
+  texts = [_value(config, key) for key in _DURATIONS]
   return not config.data.num_examples and any("epoch" in t for t in texts)
 
 
@@ -273,37 +266,58 @@ def choose(what: str, name: str, known: Any) -> None:
     )
 
 
+# Key -> what it is called in an error, and the values that it may have.
+_CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
+  "data.source": ("data source", ("tfds", "folder", "scenes", "mixture")),
+  "init_which": ("init_which", ("target", "context", "all")),
+  "loss": ("loss", ("smooth_l1", "l2")),
+  "compute.dtype": ("dtype", ("float32", "bfloat16")),
+  "compute.attention": ("attention", ("xla", "pallas", "cudnn")),
+  "compute.remat": ("remat policy", ("none", "products", "dots", "full")),
+  "optimizer.mu_dtype": ("mu_dtype", ("float32", "bfloat16")),
+  "optimizer.weight_decay_shape": ("weight decay shape", ("cosine", "linear")),
+}
+_DURATIONS = (
+  "total",
+  "optimizer.warmup",
+  "log_every",
+  "checkpoint.every",
+  "evaluate_every",
+)
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+  """Of a dotted key, such as "optimizer.warmup"."""
+  return functools.reduce(lambda node, part: node[part], key.split("."), config)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Finds what is wrong before a device is touched.
 
   Raises:
     ValueError: one line that says what it got and what it needs.
   """
-  data, encoder = config.data, config.encoder
-  choose("data source", data.source, ("tfds", "folder", "scenes", "mixture"))
-  choose("init_which", config.init_which, ("target", "context", "all"))
-  choose("loss", config.loss, ("smooth_l1", "l2"))
-  choose("dtype", config.compute.dtype, ("float32", "bfloat16"))
-  choose("mu_dtype", config.optimizer.mu_dtype, ("float32", "bfloat16"))
-  choose("attention", config.compute.attention, ("xla", "pallas", "cudnn"))
+  for key, (what, known) in _CHOICES.items():
+    choose(what, _value(config, key), known)
+  for key in _DURATIONS:
+    Duration.parse(_value(config, key), key)
   if config.compute.attention == "cudnn" and config.compute.dtype == "float32":
     raise ValueError(
       'compute.attention is "cudnn", which computes in 16 bits, and '
       'compute.dtype "float32"; make it "bfloat16", or the attention "xla".'
     )
-  choose(
-    "remat policy", config.compute.remat, ("none", "products", "dots", "full")
-  )
+  _check_sizes(config)
+  _check_pairs(config)
+  _check_evaluations(config)
+
+
+def _check_sizes(config: ml_collections.ConfigDict) -> None:
+  data = config.data
   if config.compute.remat_every < 1:
     raise ValueError(
       f"compute.remat_every is {config.compute.remat_every}; give 1 for every "
       "block, 2 for every second one."
     )
-  choose(
-    "weight decay shape",
-    config.optimizer.weight_decay_shape,
-    ("cosine", "linear"),
-  )
   for name in ("mean", "std"):
     if len(data[name]) != data.channels:
       raise ValueError(
@@ -322,12 +336,18 @@ def check(config: ml_collections.ConfigDict) -> None:
       "batch_size {} is not a multiple of accumulate_steps {}; change one of "
       "them.".format(*sizes)
     )
-  for name, network in (("encoder", encoder), ("predictor", config.predictor)):
+  for name, network in (
+    ("encoder", config.encoder),
+    ("predictor", config.predictor),
+  ):
     if network.width % network.num_heads or network.width % 4:
       raise ValueError(
         f"{name}.width {network.width} needs to be a multiple of 4 and of "
         f"its {network.num_heads} heads."
       )
+
+
+def _check_pairs(config: ml_collections.ConfigDict) -> None:
   for pair in config.optimizer.lr_scale:
     if not isinstance(pair, tuple) or len(pair) != 2 or not pair[1] >= 0:
       raise ValueError(
@@ -348,24 +368,16 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f'sharding pattern "{pattern}" is not a regular expression: {error}.'
       ) from None
-  for key in (
-    "total",
-    "optimizer.warmup",
-    "log_every",
-    "checkpoint.every",
-    "evaluate_every",
-  ):
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    Duration.parse(value, key)
+
+
+def _check_evaluations(config: ml_collections.ConfigDict) -> None:
   for name, settings in config.evaluations.items():
     for protocol in settings.protocols:
       choose(f"protocol of evaluation {name}", protocol, ("linear", "knn"))
     for features in settings.features:
       choose(f"features of evaluation {name}", features, ("last", "last4"))
-    if "last4" in settings.features and encoder.depth < 4:
+    if "last4" in settings.features and config.encoder.depth < 4:
       raise ValueError(
         f"evaluation {name} asks for the last four layers of an encoder of "
-        f'{encoder.depth}; leave "last4" out of its features.'
+        f'{config.encoder.depth}; leave "last4" out of its features.'
       )

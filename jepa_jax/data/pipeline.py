@@ -6,19 +6,16 @@ generator. So hosts agree without talking, and resuming costs one seek.
 """
 
 from collections.abc import Callable, Mapping
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from jepa_jax import masks, models
-from jepa_jax.data import augment, decode, order, sources, tf_masks
+from jepa_jax.data import augment, batches, order, sources, tf_masks
 from jepa_jax.data import unreadable as unreadable_lib
 
-_plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
 Provider = Callable[[tf.Tensor, dict[str, tf.Tensor]], dict[str, tf.Tensor]]
-_CONSUMED = ("encoded", "box", "turn", "record", "color")  # by decoding
 
 
 def num_examples(config: Any, split: str | None = None) -> int:
@@ -26,24 +23,15 @@ def num_examples(config: Any, split: str | None = None) -> int:
   return len(sources.open_source(config, split))
 
 
-class _Request(NamedTuple):
-  """What the providers of a training batch are made from."""
-
-  config: Any
-  spec: Mapping[str, Any]
-  source: sources.Source
-
-
-def _images(request: _Request) -> Provider:
-  del request
+def _images(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
+  del config, batch_spec
   return lambda step, batch: {"image": batch["image"]}
 
 
-def _masks(request: _Request) -> Provider:
-  config, data = request.config, request.config.data
-  grid = models.patch_grid(
-    data.image_size, data.image_size, config.encoder.patch_size
-  )
+def _masks(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
+  del batch_spec
+  size = config.data.image_size
+  grid = models.patch_grid(size, size, config.encoder.patch_size)
   masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   return lambda step, batch: tf_masks.sample(
     config.masks,
@@ -55,14 +43,19 @@ def _masks(request: _Request) -> Provider:
   )
 
 
-def _labels(request: _Request) -> Provider:
-  dtype = request.spec["label"].dtype
+def _labels(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
+  if not config.data.label:
+    raise ValueError(
+      f'the objective "{config.objective}" learns labels and data.label is '
+      'empty; name one, such as data.label="label".'
+    )
+  dtype = batch_spec["label"].dtype
   return lambda step, batch: {"label": tf.cast(batch["label"], dtype)}
 
 
-# What a training batch may hold: name -> what makes a provider of it, a
-# function (step, batch) -> arrays by name. Some make several at once.
-PROVIDERS: dict[str, Callable[[_Request], Provider]] = {
+# What a training batch may hold: name -> what makes, of a config and a spec, a
+# function (step, batch) -> arrays by name. Some give several at once.
+PROVIDERS: dict[str, Callable[[Any, Mapping[str, Any]], Provider]] = {
   "image": _images,
   "label": _labels,
   "context_ids": _masks,
@@ -105,30 +98,10 @@ def train_dataset(
       makes, or source, sizes, label or masks that cannot be had.
   """
   data = config.data
-  for name in batch_spec:
-    if name not in PROVIDERS:
-      raise ValueError(
-        f'the objective "{config.objective}" asks for batches with "{name}", '
-        f"which nothing provides; there are: {', '.join(PROVIDERS)}."
-      )
-  if config.batch_size % process_count:
-    raise ValueError(
-      f"batch size {config.batch_size} does not divide by {process_count}"
-      " processes; set batch_size to a multiple"
-    )
-  share = config.batch_size // process_count
+  share = _share(config.batch_size, process_count)
   source = sources.open_source(data)
-  request = _Request(config, batch_spec, source)
-  makers = dict.fromkeys(PROVIDERS[name] for name in batch_spec)
-  providers = [make(request) for make in makers]
-  label_of = None
-  if "label" in batch_spec:
-    if not data.label:
-      raise ValueError(
-        f'the objective "{config.objective}" learns labels and data.label is '
-        'empty; name one, such as data.label="label".'
-      )
-    label_of = _label_function(data.label)
+  providers = _providers(config, batch_spec)
+  label_of = _label_function(data.label) if "label" in batch_spec else None
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
@@ -139,12 +112,12 @@ def train_dataset(
       source, step * config.batch_size + places, config.seed
     )
     records = source.read(index)
-    encoded, sizes, orientations = _headers(source.images(records))
+    encoded, sizes, orientations = batches.headers(source.images(records))
     draw = dict(seed=config.seed, epoch=epoch, index=index)
     crops = augment.random_crops(data, sizes, orientations, **draw)
     plans = [encoded, crops.boxes, crops.flips, index, epoch]
     if label_of is not None:
-      plans.append(_strings(records))
+      plans.append(batches.strings(records))
     if distorts:
       plans.append(augment.random_colors(data, **draw))
     return tuple(plans)
@@ -163,11 +136,33 @@ def train_dataset(
   if distorts:
     spec["color"] = tf.TensorSpec([share, 6], tf.float32)
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  dataset = _decoded(
+  dataset = batches.decoded(
     steps, plan, spec, source, data, share, _label_feature(source, label_of)
-  ).map(_plain(finish))
+  ).map(batches.plain(finish))
   _check_spec(dataset.element_spec, batch_spec)
   return _finish(dataset, data)
+
+
+def _share(batch_size: int, process_count: int) -> int:
+  """Images of a global batch that one process reads."""
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch size {batch_size} does not divide by {process_count}"
+      " processes; set batch_size to a multiple"
+    )
+  return batch_size // process_count
+
+
+def _providers(config: Any, batch_spec: Mapping[str, Any]) -> list[Provider]:
+  """What makes the arrays of a spec, each once."""
+  for name in batch_spec:
+    if name not in PROVIDERS:
+      raise ValueError(
+        f'the objective "{config.objective}" asks for batches with "{name}", '
+        f"which nothing provides; there are: {', '.join(PROVIDERS)}."
+      )
+  makers = dict.fromkeys(PROVIDERS[name] for name in batch_spec)
+  return [make(config, batch_spec) for make in makers]
 
 
 def _check_spec(made: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
@@ -233,23 +228,18 @@ def evaluation_dataset(
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(config.max_unreadable)
   count = len(source)
-  if batch_size % process_count:
-    raise ValueError(
-      f"batch size {batch_size} does not divide by {process_count}"
-      " processes; use a multiple"
-    )
-  share = batch_size // process_count
+  share = _share(batch_size, process_count)
   offsets = process_index * share + np.arange(share)
 
   def plan(start):
     place = start + offsets
     index = np.minimum(place, count - 1)  # the last image pads its batch
     records = source.read(index)
-    encoded, sizes, orientations = _headers(source.images(records))
+    encoded, sizes, orientations = batches.headers(source.images(records))
     crops = augment.central_crops(sizes, orientations)
     return (
       *(encoded, crops.boxes, crops.flips, index),
-      *(_strings(records), place < count),
+      *(batches.strings(records), place < count),
     )
 
   def finish(start, batch):
@@ -270,135 +260,8 @@ def evaluation_dataset(
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
   features = _label_feature(source, label_of)
-  dataset = _decoded(starts, plan, spec, source, config, share, features)
-  return _finish(dataset.map(_plain(finish)), config)
-
-
-def _decoded(
-  steps: tf.data.Dataset,
-  plan: Callable[[np.ndarray], tuple[Any, ...]],
-  spec: Mapping[str, tf.TensorSpec],
-  source: sources.Source,
-  config: Any,
-  size: int,
-  features: Callable[[dict[str, tf.Tensor]], dict[str, Any]] | None = None,
-) -> tf.data.Dataset:
-  """Reads, decodes and batches what `plan` says of each step.
-
-  Args:
-    steps: int64 scalars.
-    plan: step -> (encoded, box, turn, index, *what `spec` names), of a batch.
-    spec: names and types of what plan gives besides.
-    source: where the images come from.
-    config: config.data.
-    size: images a batch.
-    features: makes more entries from an example of all of the above.
-
-  Returns:
-    (step, batch): image [B, ...], readable bool [B], index, the spec's, the
-    features'.
-  """
-  spec = {
-    "encoded": tf.TensorSpec([size], tf.string),
-    "box": tf.TensorSpec([size, 4], tf.int32),
-    "turn": tf.TensorSpec([size, 3], tf.bool),
-    "index": tf.TensorSpec([size], tf.int64),
-    **spec,
-  }
-
-  def read(step):
-    types = [x.dtype for x in spec.values()]
-    values = tf.numpy_function(plan, [step], types, stateful=False)
-    values = zip(spec, values)
-    return step, {k: tf.ensure_shape(x, spec[k].shape) for k, x in values}
-
-  def example(x, image, readable):
-    more = features(x) if features else {}
-    keep = {k: v for k, v in x.items() if k not in _CONSUMED}
-    return {"image": image, "readable": readable, **keep, **more}
-
-  def sound(x):
-    distort = None
-    if "color" in x:
-      distort = lambda image: augment.distort(image, x["color"], config)
-    image = decode.decode_crop(
-      x["encoded"],
-      x["box"],
-      x["turn"],
-      image_size=config.image_size,
-      channels=config.channels,
-      encoding=source.encoding,
-      distort=distort,
-    )
-    return example(x, image, tf.constant(True))
-
-  def blank(x):
-    shape = [config.image_size, config.image_size, config.channels]
-    return example(x, tf.zeros(shape, tf.uint8), tf.constant(False))
-
-  threads = config.threads or os.cpu_count()
-  decode_batch = lambda step, batch: _decode_batch(
-    step, batch, _plain(sound), _plain(blank), size, threads
-  )
-  return steps.map(_plain(read), num_parallel_calls=2).interleave(
-    _plain(decode_batch),
-    cycle_length=2,
-    num_parallel_calls=2,
-    deterministic=True,
-  )
-
-
-def _decode_batch(
-  step: tf.Tensor,
-  batch: dict[str, tf.Tensor],
-  sound: Callable[..., Any],
-  blank: Callable[..., Any],
-  size: int,
-  threads: int,
-) -> tf.data.Dataset:
-  """A data set of one decoded batch.
-
-  The batch is decoded as a whole. Only where that fails is it decoded again,
-  image by image, to find out which are to blame; so sound data pay nothing.
-  """
-
-  def one(x):
-    image = tf.data.Dataset.from_tensors(x)
-    sound_or_none = image.map(sound).ignore_errors()
-    return sound_or_none.concatenate(image.map(blank)).take(1)
-
-  images = tf.data.Dataset.from_tensor_slices(batch)
-  whole = images.map(sound, num_parallel_calls=threads)
-  whole = whole.batch(size, drop_remainder=True).ignore_errors()
-  again = images.flat_map(_plain(one)).batch(size, drop_remainder=True)
-  return whole.concatenate(again).take(1).map(_plain(lambda x: (step, x)))
-
-
-def _headers(
-  encoded: list[bytes],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Encoded images, sizes [B, 2] and orientations [B], from their headers.
-
-  An image whose header says that it cannot be read is emptied, so that decoding
-  it fails.
-  """
-  headers = []
-  for i, data in enumerate(encoded):
-    try:
-      headers.append(decode.read_header(data))
-    except ValueError:
-      headers.append(decode.Header("", 1, 1))
-      encoded[i] = b""
-  sizes = np.asarray([(x.height, x.width) for x in headers])
-  orientations = np.asarray([x.orientation for x in headers])
-  return _strings(encoded), sizes, orientations
-
-
-def _strings(values: list[bytes]) -> np.ndarray:
-  # dtype object, or NumPy would strip trailing zero bytes.
-  result = np.empty(len(values), object)
-  result[:] = values
-  return result
+  dataset = batches.decoded(starts, plan, spec, source, config, share, features)
+  return _finish(dataset.map(batches.plain(finish)), config)
 
 
 def _label_function(label: str) -> Any:

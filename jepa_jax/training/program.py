@@ -68,7 +68,7 @@ class Program:
 
   config: ml_collections.FrozenConfigDict
   mesh: Mesh
-  objective: Any
+  objective: objectives.Objective
   schedules: optimizer.Schedules
   total_steps: int
   batch_spec: dict[str, jax.ShapeDtypeStruct]
@@ -156,15 +156,13 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   )
 
 
-def _make_step(
+def _make_gradients(
   config: ml_collections.FrozenConfigDict,
-  objective: Any,
-  schedules: optimizer.Schedules,
-  tx: optax.GradientTransformation,
+  objective: objectives.Objective,
   shardings: TrainState,
   mesh: Mesh,
 ) -> Callable[..., Any]:
-  """The train step as a plain function, before jit."""
+  """(state, batch, rng) -> gradients of Loss.total, and the Loss."""
 
   def gradients(params, target_params, batch, rng, buffers):
     """Gradients and Loss of a microbatch."""
@@ -184,7 +182,7 @@ def _make_step(
     # Scattered as they are made, in the type that they are made in.
     return jax.lax.with_sharding_constraint(grads, shardings.params), loss
 
-  def accumulated_gradients(state, batch, rng):
+  def accumulated(state, batch, rng):
     """The same of a batch, microbatch by microbatch."""
     params, averaged, frozen = (
       sharding.compute_params(tree, places, config.compute.dtype, mesh)
@@ -211,9 +209,24 @@ def _make_step(
     )
     return grads, _join(losses)
 
+  return accumulated
+
+
+def _make_step(
+  config: ml_collections.FrozenConfigDict,
+  objective: objectives.Objective,
+  schedules: optimizer.Schedules,
+  tx: optax.GradientTransformation,
+  shardings: TrainState,
+  mesh: Mesh,
+) -> Callable[..., Any]:
+  """The train step as a plain function, before jit."""
+
+  gradients = _make_gradients(config, objective, shardings, mesh)
+
   def step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    grads, loss = accumulated_gradients(state, batch, rng)
+    grads, loss = gradients(state, batch, rng)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     # Of sums over the batch, so that on a CPU no array of squares is written.
     norms = {"grad_norm": optax.tree.norm(grads)} | {
