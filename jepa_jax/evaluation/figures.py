@@ -183,7 +183,7 @@ def png_uri(pixels: np.ndarray) -> str:
   if pixels.ndim == 3 and pixels.shape[-1] not in (3, 4):
     pixels = pixels[..., 0]
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "PNG", optimize=True)
+  Image.fromarray(pixels).save(file, "PNG")
   data = base64.b64encode(file.getvalue()).decode()
   return f"data:image/png;base64,{data}"
 
