@@ -20,6 +20,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
+import jax
 import pytest
 
 from jepa_jax import config as config_lib
@@ -88,6 +89,23 @@ def small_config():
   c.log_every = "2 steps"
   c.checkpoint.every = "2 steps"
   return c
+
+
+_programs = {}
+
+
+def build(config):
+  """The program of a config on one device, one for all equal configs.
+
+  Its step is compiled once then, whichever test comes first.
+  """
+  key = config.to_json_best_effort(sort_keys=True)
+  if key not in _programs:
+    from jepa_jax.training import program, sharding
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    _programs[key] = program.build(config, mesh)
+  return _programs[key]
 
 
 @pytest.fixture

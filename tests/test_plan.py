@@ -202,7 +202,12 @@ def test_each_part_of_a_step_takes_the_longer_of_its_times():
   assert estimate.bound(parts, 20, CHIP) == (10.0, "links")
 
 
-def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
+@pytest.mark.parametrize(
+  "objective", ["ijepa", "pixel_ijepa", "outside_objective:Outside"]
+)
+def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch, objective):
+  predicts = objective.endswith("ijepa")
+
   class Executable:
     def __init__(self, encoder, predictor):
       self.flops = 7 + 10 * encoder + 3 * predictor
@@ -213,7 +218,7 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
   def compile_step(config, devices):
     config_lib.check(config)
     assert not config.compute.scan and config.batch_size == 8 and not devices
-    blocks = config.encoder.depth, config.predictor.depth
+    blocks = config.encoder.depth, predicts * config.predictor.depth
     array = f"f32[{sum(blocks)}]{{0}}"
     text = (
       f"ENTRY %main (a: {array}) -> {array} {{\n"
@@ -224,18 +229,19 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch):
 
   monkeypatch.setattr(estimate, "compile_step", compile_step)
   config = config_lib.defaults()
+  config.objective = objective
   config.evaluations.imagenet = config_lib.evaluation("label")
   config.encoder.depth, config.predictor.depth = 32, 12
   config.batch_size, config.accumulate_steps = 16, 2
   config.compute.update(remat="full", remat_every=2)
   parts = estimate.costs(config, [])
   cost = lambda flops, memory: estimate.Cost(2 * flops, 4 * flops, memory)
-  # Two of the predictor's blocks, first and last, stay in the rest.
-  assert parts == {
-    "encoder": cost(10 * 32, 2 * 8 * 32),
-    "predictor": cost(3 * 10, 2 * 8 * 10),
-    "rest": cost(7 + 3 * 2, 2 * 8 * 2),
-  }
+  expected = {"encoder": cost(10 * 32, 2 * 8 * 32), "rest": cost(7, 0)}
+  if predicts:
+    expected["predictor"] = cost(3 * 10, 2 * 8 * 10)
+    # Two of the predictor's blocks, first and last, stay in the rest.
+    expected["rest"] = cost(7 + 3 * 2, 2 * 8 * 2)
+  assert parts == expected
 
 
 @pytest.mark.parametrize(
