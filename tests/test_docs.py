@@ -76,7 +76,7 @@ RUN = {
   "python -m jepa_jax.convert runs/quickstart": [],
   "python -m jepa_jax.evaluate --workdir runs/quickstart --report_only": [],
   "python -m jepa_jax.prepare --source folder": [],
-  "python -m jepa_jax.train --config my_experiment.py": SHORT,
+  "python -m jepa_jax.train --config my_experiment.py:denoising": SHORT,
 }
 
 
