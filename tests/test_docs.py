@@ -148,7 +148,7 @@ def house(tmp_path_factory):
   config = command.load_config("experiments/quickstart.py", SHORT)
   with config.unlocked():
     del config.evaluations.distance
-  config.evaluations.count.features = ("last",)
+  config.evaluations.count.update(features=("last",), protocols=("knn",))
   assert train.train_and_evaluate(config, "runs/quickstart") == 0
   yield folder
   sys.path.remove(str(folder))
