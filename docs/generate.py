@@ -37,9 +37,13 @@ MODULES = (
   "jepa_jax.training.sharding",
   "jepa_jax.planning.estimate",
   "jepa_jax.evaluation.collapse",
-  "jepa_jax.evaluation.probes",
+  "jepa_jax.evaluation.protocols",
+  "jepa_jax.evaluation.protocols.protocol",
+  "jepa_jax.evaluation.protocols.linear",
+  "jepa_jax.evaluation.protocols.knn",
+  "jepa_jax.evaluation.protocols.ridge",
   "jepa_jax.train",
-  "jepa_jax.evaluate",
+  "jepa_jax.evaluation.run",
 )
 
 _MADE = "<!-- Made by docs/generate.py: change the source, not this page. -->\n"

@@ -51,7 +51,7 @@ def train_and_evaluate(
     ValueError: config or workdir are not fit; FloatingPointError: the loss is
       not finite.
   """
-  from jepa_jax import evaluate
+  from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
@@ -86,9 +86,9 @@ def train_and_evaluate(
       if loop.step < program.total_steps:
         log.say(f"stopped and saved at step {loop.step}")
         return command.EXIT_PREEMPTED
-      rows = evaluate.evaluate(program, loop.state)
-      log.write(loop.step, evaluate.scores(rows))
-    evaluate.report(program, loop.state, rows, workdir)
+      rows = evaluation.evaluate(program, loop.state)
+      log.write(loop.step, evaluation.scores(rows))
+    evaluation.report(program, loop.state, rows, workdir)
   distributed.barrier("done")
   return 0
 
@@ -102,18 +102,19 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
   import jax
 
   from jepa_jax import config as config_lib
-  from jepa_jax import evaluate
   from jepa_jax.data import pipeline
   from jepa_jax.data import unreadable as unreadable_lib
+  from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import program as program_lib
   from jepa_jax.training import sharding
 
   config_lib.check(config)
+  evaluation.check(config)
   claim = describe(config)
   unreadable = unreadable_lib.Unreadable(config.data.max_unreadable)
   with distributed.first_process_first("data"):
     check_workdir(claim, workdir)
-    config = evaluate.resolve(config)
+    config = evaluation.resolve(config)
     program = program_lib.build(config, sharding.make_mesh(config.mesh))
     open_data = lambda start: pipeline.train_dataset(
       config,
@@ -124,7 +125,7 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
       unreadable=unreadable,
     )
     open_data(0)
-    evaluate.check_data(config)
+    evaluation.check_data(config)
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.process_index():
       text = json.dumps(claim, indent=2) + "\n"
@@ -198,7 +199,7 @@ def _train(
 ) -> None:
   """Trains until `end` or a signal; saves and evaluates where it is due."""
   from jepa_jax import config as config_lib
-  from jepa_jax import evaluate
+  from jepa_jax.evaluation import run as evaluation
 
   config = program.config
   save_every, evaluate_every = (
@@ -212,10 +213,10 @@ def _train(
     if loop.step == end or stopper.stopped:
       return  # what is due then is done after the loop
     if evaluate_every and loop.step % evaluate_every == 0:
-      rows = evaluate.evaluate(program, loop.state)
-      log.write(loop.step, evaluate.scores(rows))
+      rows = evaluation.evaluate(program, loop.state)
+      log.write(loop.step, evaluation.scores(rows))
       loop.meter.check()
-      checkpoints.save(loop.state, evaluate.best(rows, config))
+      checkpoints.save(loop.state, evaluation.best(rows, config))
       loop.meter.pause()
     elif save_every and loop.step % save_every == 0:
       loop.meter.check()

@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jepa_jax import config
 from jepa_jax.evaluation import collapse
 
 RANDOM = np.random.default_rng(0)
-METRICS = [collapse.feature_std, collapse.effective_rank, collapse.mean_cosine]
+METRICS = list(collapse.METRICS.values())
+LIMITS = config.defaults().collapse.to_dict()
 
 
 def centred_basis(rows, columns):
@@ -101,8 +103,8 @@ def test_mean_cosine_needs_two_images():
 def test_warning_is_silent_for_healthy_and_loud_for_constant_features():
   healthy = collapse.collapse_metrics(RANDOM.normal(size=(64, 48)))
   constant = collapse.collapse_metrics(np.ones((64, 48)))
-  assert collapse.collapse_warning(healthy) == ""
-  warning = collapse.collapse_warning({"loss": 0.1, **constant})
+  assert collapse.collapse_warning(healthy, LIMITS) == ""
+  warning = collapse.collapse_warning({"loss": 0.1, **constant}, LIMITS)
   assert warning.startswith("COLLAPSE")
   for words in ("standard deviation", "effective rank", "cosine"):
     assert words in warning
@@ -117,7 +119,12 @@ def test_warning_judges_each_metric_alone_and_names_its_limit():
 
 
 def test_warning_names_non_finite_features():
-  assert "is nan" in collapse.collapse_warning({"mean_cosine": float("nan")})
+  warning = collapse.collapse_warning({"mean_cosine": float("nan")}, LIMITS)
+  assert "is nan" in warning
+
+
+def test_every_limit_of_a_config_is_one_of_a_metric():
+  assert set(LIMITS) == set(collapse.METRICS)
 
 
 def test_unknown_threshold_lists_the_known_ones():

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from jepa_jax import command, evaluate, train
+from jepa_jax import command, train
+from jepa_jax.evaluation import run as evaluation
 from jepa_jax.training import checkpoints, distributed, sharding
 from jepa_jax.training import program as program_lib
 
@@ -50,6 +51,7 @@ def get_config(data_dir):
 MESHES = f"""
 import sys
 from jepa_jax import command, train
+from jepa_jax.evaluation import run as evaluation
 from jepa_jax.training import checkpoints, sharding
 from jepa_jax.training import program as program_lib
 
@@ -263,7 +265,7 @@ def test_two_processes_write_one_log_and_evaluate_alike(file, whole):
   assert len(list((whole / "tensorboard").iterdir())) == 1
   assert (whole / "report.html").exists()
   rows = json.loads((whole / "evaluations.json").read_text())
-  alone = evaluate.evaluate(*restore(file, whole / "checkpoints"))
+  alone = evaluation.evaluate(*restore(file, whole / "checkpoints"))
   strip = lambda rows: [{**r, "seconds": 0} for r in rows]
   assert strip(rows) == strip(alone)
   assert {r["encoder"] for r in rows} == {"trained", "pixels"}

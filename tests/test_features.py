@@ -5,6 +5,7 @@ import pytest
 
 from jepa_jax.evaluation import features
 
+PIXELS = {"pixels": features.raw_pixels}
 RANDOM = np.random.default_rng(0)
 
 
@@ -18,7 +19,11 @@ def batches(count, batch_size, shape=(6, 4, 3)):
     valid = rows < count
     rows = np.where(valid, rows, 0)
     result.append(
-      {"image": images[rows], "label": labels[rows], "valid": valid}
+      {
+        "image": images[rows],
+        "labels": {"number": labels[rows]},
+        "valid": valid,
+      }
     )
   return images, labels, result
 
@@ -32,11 +37,15 @@ def test_extract_keeps_order_and_drops_padding():
     compilations.append(images.shape)
     return images.mean(axis=(1, 2)).astype(jnp.bfloat16)
 
-  result = features.extract(encode, dataset, progress=False)
-  assert result["features"].dtype == np.float32
-  np.testing.assert_array_equal(result["labels"], labels)
+  encoders = {"mean": encode, "pixels": features.raw_pixels}
+  result = features.extract(encoders, dataset, total=11, progress=False)
+  assert result["features"]["mean"].dtype == np.float32
+  np.testing.assert_array_equal(result["labels"]["number"], labels)
   np.testing.assert_allclose(
-    result["features"], images.mean(axis=(1, 2)), rtol=1e-2
+    result["features"]["mean"], images.mean(axis=(1, 2)), rtol=1e-2
+  )
+  np.testing.assert_allclose(
+    result["features"]["pixels"], images.reshape(11, -1) / 255, rtol=1e-6
   )
   assert compilations == [(4, 6, 4, 3)]
 
@@ -45,30 +54,28 @@ def test_extract_without_valid_keeps_every_row():
   _, _, dataset = batches(count=8, batch_size=4)
   for batch in dataset:
     del batch["valid"]
-  result = features.extract(features.raw_pixels, dataset, progress=False)
-  assert result["features"].shape == (8, 6 * 4 * 3)
+  result = features.extract(PIXELS, dataset, total=8, progress=False)
+  assert result["features"]["pixels"].shape == (8, 6 * 4 * 3)
 
 
 def test_extract_reads_a_tf_dataset():
   tf = pytest.importorskip("tensorflow")
   images, labels, dataset = batches(count=5, batch_size=3)
   dataset = tf.data.Dataset.from_tensor_slices(
-    {key: np.stack([b[key] for b in dataset]) for key in dataset[0]}
+    jax.tree.map(lambda *x: np.stack(x), *dataset)
   )
-  result = features.extract(features.raw_pixels, dataset, progress=False)
-  np.testing.assert_array_equal(result["labels"], labels)
+  result = features.extract(PIXELS, dataset, total=5, progress=False)
+  np.testing.assert_array_equal(result["labels"]["number"], labels)
   np.testing.assert_allclose(
-    result["features"], images.reshape(5, -1) / 255, rtol=1e-6
+    result["features"]["pixels"], images.reshape(5, -1) / 255, rtol=1e-6
   )
 
 
 def test_extract_shows_progress_in_images(capsys):
   _, _, dataset = batches(count=11, batch_size=4)
-  features.extract(
-    features.raw_pixels, dataset, total=11, description="trained last"
-  )
+  features.extract(PIXELS, dataset, total=11, description="features of train")
   shown = capsys.readouterr().err
-  assert "trained last" in shown and "11/11" in shown
+  assert "features of train" in shown and "11/11" in shown
 
 
 @pytest.mark.parametrize(
@@ -82,12 +89,28 @@ def test_extract_shows_progress_in_images(capsys):
 def test_extract_refuses_bad_features(encode, message):
   _, _, dataset = batches(count=7, batch_size=4)
   with pytest.raises(ValueError, match=message):
-    features.extract(encode, dataset, progress=False)
+    features.extract({"x": encode}, dataset, total=7, progress=False)
 
 
 def test_extract_refuses_an_empty_dataset():
   with pytest.raises(ValueError, match="at least one"):
-    features.extract(features.raw_pixels, [], progress=False)
+    features.extract(PIXELS, [], total=3, progress=False)
+
+
+def test_an_image_is_read_once_and_its_features_are_held_once():
+  _, _, dataset = batches(count=11, batch_size=4)
+  reads = []
+
+  def stream():
+    for batch in dataset:
+      reads.append(len(batch["image"]))
+      yield batch
+
+  encoders = {name: features.raw_pixels for name in "abc"}
+  result = features.extract(encoders, stream(), total=12, progress=False)
+  assert reads == [4, 4, 4]
+  for found in result["features"].values():
+    assert found.shape == (11, 72) and found.base.shape == (12, 72)
 
 
 def test_small_images_are_their_own_features():

@@ -159,11 +159,13 @@ def test_a_batch_holds_what_is_declared_and_labels_go_with_images(
   data.crop_scale = data.crop_ratio = (1.0, 1.0)  # whole images
   spec = {"label": jax.ShapeDtypeStruct((4,), np.int16)}
   spec["image"] = jax.ShapeDtypeStruct((4, 40, 40, 3), np.uint8)
-  everything = pipeline.evaluation_dataset(data, batch_size=24, label="count")
+  everything = pipeline.evaluation_dataset(
+    data, batch_size=24, labels=["count"]
+  )
   (whole,) = everything.as_numpy_iterator()
   labels = {
     image.tobytes(): label
-    for image, label in zip(whole["image"], whole["label"])
+    for image, label in zip(whole["image"], whole["labels"]["count"])
   }
   assert len(labels) == 24 and len({*labels.values()}) > 2
   dataset = pipeline.train_dataset(config, spec)

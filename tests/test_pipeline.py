@@ -43,7 +43,7 @@ def config(root, *, batch_size=6, **data):
       "data": {
         "source": "folder",
         "name": str(root),
-        "split": "train",
+        "split": "all",
         "data_dir": "",
         "image_size": 24,
         "channels": 3,
@@ -408,7 +408,7 @@ def test_evaluation_leaves_unreadable_images_out(damaged):
   root, bad = damaged
   unreadable = unreadable_lib.Unreadable(limit=3)
   dataset = pipeline.evaluation_dataset(
-    config(root).data, batch_size=5, label="label", unreadable=unreadable
+    config(root).data, batch_size=5, labels=["label"], unreadable=unreadable
   )
   valid = np.concatenate([x["valid"] for x in dataset.as_numpy_iterator()])
   assert valid.sum() == COUNT - 3
@@ -421,19 +421,20 @@ def test_evaluation_leaves_unreadable_images_out(damaged):
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
 def test_evaluation_has_every_image_once_and_in_order(folder, batch_size):
   dataset = pipeline.evaluation_dataset(
-    config(folder).data, batch_size=batch_size, label="label"
+    config(folder).data, batch_size=batch_size, labels=["label"]
   )
   batches = list(dataset.as_numpy_iterator())
   assert len(batches) == -(-COUNT // batch_size)
   for batch in batches:
     assert batch["image"].shape == (batch_size, 24, 24, 3)
-    assert batch["label"].shape == batch["valid"].shape == (batch_size,)
+    assert batch["labels"]["label"].shape == (batch_size,)
+    assert batch["valid"].shape == (batch_size,)
   valid = np.concatenate([x["valid"] for x in batches])
   assert valid.sum() == COUNT and not valid[COUNT:].any()
   seen = np.concatenate([numbers(x) for x in batches])[:COUNT]
   by_class = sorted(range(COUNT), key=lambda i: (i % 3, i))
   assert seen.tolist() == by_class
-  labels = np.concatenate([x["label"] for x in batches])[:COUNT]
+  labels = np.concatenate([x["labels"]["label"] for x in batches])[:COUNT]
   assert labels.tolist() == [i % 3 for i in by_class]
   assert pipeline.num_examples(config(folder).data) == COUNT
 
@@ -441,14 +442,14 @@ def test_evaluation_has_every_image_once_and_in_order(folder, batch_size):
 def test_evaluation_twice_is_the_same(folder):
   dataset = pipeline.evaluation_dataset(config(folder).data, batch_size=7)
   for a, b in zip(dataset, dataset, strict=True):
-    assert set(a) == {"image", "valid"}
+    assert set(a) == {"image", "valid", "labels"} and not a["labels"]
     np.testing.assert_array_equal(a["image"], b["image"])
 
 
 def test_evaluation_names_the_labels_there_are(folder):
-  with pytest.raises(ValueError, match='no label "colour".*count.*label'):
+  with pytest.raises(ValueError, match='no label "colour"; there are: label'):
     pipeline.evaluation_dataset(
-      config(folder).data, batch_size=7, label="colour"
+      config(folder).data, batch_size=7, labels=["colour"]
     )
 
 

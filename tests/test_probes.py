@@ -1,9 +1,14 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jepa_jax.evaluation import probes
+from jepa_jax.evaluation import protocols
+from jepa_jax.evaluation.protocols import knn, linear, protocol, ridge
+
+CLASSES = [x for x in protocols.PROTOCOLS.values() if x.label == "class"]
+classifies = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.name)
 
 
 def blobs(count, width, classes, spread, seed=0, labels=None):
@@ -18,39 +23,39 @@ def blobs(count, width, classes, spread, seed=0, labels=None):
   return {"features": features, "labels": values[targets]}
 
 
-@pytest.mark.parametrize("protocol", probes.PROTOCOLS)
-def test_separable_classes_are_told_apart(protocol):
+@classifies
+def test_separable_classes_are_told_apart(row):
   train = blobs(211, 13, 3, 0.1, seed=1, labels=[4, -2, 90])
   test = blobs(67, 13, 3, 0.1, seed=2, labels=[4, -2, 90])
-  metrics = probes.PROTOCOLS[protocol](train, test)
+  metrics = row.run(train, test)
   assert metrics["top1"] == 100
   assert (metrics["n_train"], metrics["n_test"]) == (211, 67)
   assert metrics["classes"] == 3 and "top5" not in metrics
 
 
-@pytest.mark.parametrize("protocol", probes.PROTOCOLS)
-def test_random_labels_stay_at_chance(protocol):
+@classifies
+def test_random_labels_stay_at_chance(row):
   random = np.random.default_rng(3)
   train = blobs(300, 13, 4, 1.0, seed=1)
   test = blobs(400, 13, 4, 1.0, seed=2)
   train["labels"] = random.integers(0, 4, 300)
   test["labels"] = random.integers(0, 4, 400)
-  metrics = probes.PROTOCOLS[protocol](train, test)
+  metrics = row.run(train, test)
   assert 15 < metrics["top1"] < 35
 
 
-@pytest.mark.parametrize("protocol", probes.PROTOCOLS)
-def test_protocols_are_deterministic_and_json(protocol):
+@classifies
+def test_protocols_are_deterministic_and_json(row):
   train, test = blobs(90, 5, 3, 1.5, seed=1), blobs(40, 5, 3, 1.5, seed=2)
-  first = probes.PROTOCOLS[protocol](train, test, per_class=True)
-  assert first == probes.PROTOCOLS[protocol](train, test, per_class=True)
+  first = row.run(train, test)
+  assert first == row.run(train, test)
   assert json.loads(json.dumps(first)) == first
 
 
-@pytest.mark.parametrize("protocol", probes.PROTOCOLS)
-def test_top5_majority_and_per_class_are_what_they_say(protocol):
+@classifies
+def test_top5_majority_and_per_class_are_what_they_say(row):
   train, test = blobs(400, 9, 8, 1.5, seed=1), blobs(150, 9, 8, 1.5, seed=2)
-  metrics = probes.PROTOCOLS[protocol](train, test, per_class=True)
+  metrics = row.run(train, test)
   assert metrics["top1"] < metrics["top5"] <= 100
   counts = np.bincount(test["labels"], minlength=8)
   commonest = np.argmax(np.bincount(train["labels"]))
@@ -75,7 +80,7 @@ def test_linear_probe_agrees_with_scikit_learn(strength, noise):
     C=1 / (307 * strength), max_iter=5000, tol=1e-8
   ).fit(scaler.transform(train["features"]), train["labels"])
   expected = model.score(scaler.transform(test["features"]), test["labels"])
-  metrics = probes.linear_probe(train, test, strengths=[strength])
+  metrics = linear.linear_probe(train, test, strengths=[strength])
   assert metrics["converged"] and metrics["strength"] == strength
   assert metrics["top1"] == pytest.approx(100 * expected, abs=0.51)  # 2 images
 
@@ -86,8 +91,8 @@ def test_strength_is_chosen_for_unseen_images():
   for examples in (train, test):  # 200 useless features: weak L2 overfits
     useless = random.normal(size=(len(examples["labels"]), 200))
     examples["features"] = np.hstack([examples["features"], useless])
-  weak = probes.linear_probe(train, test, strengths=[1e-6])
-  chosen = probes.linear_probe(train, test, strengths=[1e-6, 1e-3, 1.0])
+  weak = linear.linear_probe(train, test, strengths=[1e-6])
+  chosen = linear.linear_probe(train, test, strengths=[1e-6, 1e-3, 1.0])
   assert chosen["strength"] == 1.0
   assert chosen["top1"] > weak["top1"] + 3
 
@@ -95,8 +100,8 @@ def test_strength_is_chosen_for_unseen_images():
 def test_path_goes_past_strengths_that_do_worse():
   train, test = blobs(400, 17, 5, 0.8, seed=1), blobs(300, 17, 5, 0.8, seed=2)
   strengths = [1e4, 1e3, 1e-3]  # the first two let the bias alone decide
-  chosen = probes.linear_probe(train, test, strengths=strengths)
-  weak = probes.linear_probe(train, test, strengths=[1e-3])
+  chosen = linear.linear_probe(train, test, strengths=strengths)
+  weak = linear.linear_probe(train, test, strengths=[1e-3])
   assert chosen["strength"] == 1e-3
   assert chosen["top1"] == pytest.approx(weak["top1"], abs=1)
 
@@ -106,21 +111,21 @@ def test_constant_and_huge_features_do_no_harm():
   for examples in (train, test):
     examples["features"] = examples["features"] * np.float32(1e4)
     examples["features"][:, 2] = 7.0
-  assert probes.linear_probe(train, test)["top1"] > 95
+  assert linear.linear_probe(train, test)["top1"] > 95
 
 
 def test_label_unseen_in_training_counts_as_an_error():
   train, test = blobs(90, 5, 3, 0.1, seed=1), blobs(40, 5, 3, 0.1, seed=2)
   test["labels"][:10] = 77
-  for protocol in probes.PROTOCOLS.values():
-    assert protocol(train, test)["top1"] == 75
+  for row in CLASSES:
+    assert row.run(train, test)["top1"] == 75
 
 
 def test_stratified_holdout_takes_its_share_of_each_class():
   targets = np.repeat([0, 1, 2, 3], [100, 20, 2, 1])
-  held_out = probes._stratified(targets, 0.15, seed=0)
+  held_out = linear._stratified(targets, 0.15, seed=0)
   assert np.bincount(targets[held_out], minlength=4).tolist() == [15, 3, 1, 0]
-  other = probes._stratified(targets, 0.15, seed=1)
+  other = linear._stratified(targets, 0.15, seed=1)
   assert not np.array_equal(held_out, other)
 
 
@@ -151,7 +156,7 @@ def brute_force_neighbours(train, test, k, temperature):
 @pytest.mark.parametrize("k, temperature", [(1, 0.07), (6, 0.07), (20, 0.5)])
 def test_nearest_neighbours_agree_with_brute_force(k, temperature):
   train, test = blobs(150, 7, 4, 1.5, seed=1), blobs(83, 7, 4, 1.5, seed=2)
-  metrics = probes.nearest_neighbours(
+  metrics = knn.nearest_neighbours(
     train, test, k=k, temperature=temperature, chunk=20
   )
   weighted, majority = brute_force_neighbours(train, test, k, temperature)
@@ -162,20 +167,20 @@ def test_nearest_neighbours_agree_with_brute_force(k, temperature):
 def test_what_all_images_have_in_common_moves_no_neighbour():
   train, test = blobs(150, 7, 4, 1.5, seed=1), blobs(83, 7, 4, 1.5, seed=2)
   shift = lambda x: x | {"features": x["features"] + np.float32(100)}
-  expected = probes.nearest_neighbours(train, test)
-  moved = probes.nearest_neighbours(shift(train), shift(test))
+  expected = knn.nearest_neighbours(train, test)
+  moved = knn.nearest_neighbours(shift(train), shift(test))
   assert moved["top1"] == pytest.approx(expected["top1"], abs=1e-3)
 
 
 def test_more_neighbours_than_images_uses_all_images():
   train, test = blobs(12, 7, 4, 0.5, seed=1), blobs(5, 7, 4, 0.5, seed=2)
-  assert probes.nearest_neighbours(train, test, k=20)["k"] == 12
+  assert knn.nearest_neighbours(train, test, k=20)["k"] == 12
 
 
 def test_table_has_a_row_for_each_protocol_and_encoder():
   train, test = blobs(60, 5, 3, 0.1, seed=1), blobs(20, 5, 3, 0.1, seed=2)
   noise = np.random.default_rng(0).normal(size=(80, 6)).astype(np.float32)
-  rows = probes.probe_table(
+  rows = protocols.table(
     "count",
     {
       ("trained", "last4"): (train, test),
@@ -184,6 +189,7 @@ def test_table_has_a_row_for_each_protocol_and_encoder():
         {**test, "features": noise[60:]},
       ),
     },
+    CLASSES,
     progress=False,
   )
   assert [(r["protocol"], r["encoder"], r["features"]) for r in rows] == [
@@ -199,10 +205,10 @@ def test_table_has_a_row_for_each_protocol_and_encoder():
 
 def test_unknown_protocol_lists_the_known_ones():
   with pytest.raises(ValueError, match="known: linear, knn"):
-    probes.probe_table("count", {}, protocols=["svm"])
+    protocols.find("svm")
 
 
-@pytest.mark.parametrize("protocol", probes.PROTOCOLS)
+@classifies
 @pytest.mark.parametrize(
   "change, message",
   [
@@ -211,11 +217,11 @@ def test_unknown_protocol_lists_the_known_ones():
     ({"features": np.zeros((60, 4), np.float32)}, "one encoder"),
   ],
 )
-def test_wrong_inputs_name_the_encoder(protocol, change, message):
+def test_wrong_inputs_name_the_encoder(row, change, message):
   train, test = blobs(60, 5, 3, 0.1, seed=1), blobs(20, 5, 3, 0.1, seed=2)
   encoders = {("random", "last"): ({**train, **change}, test)}
   with pytest.raises(ValueError, match=f"random last.*{message}"):
-    probes.probe_table("count", encoders, protocols=[protocol], progress=False)
+    protocols.table("count", encoders, [row], progress=False)
 
 
 @pytest.mark.parametrize(
@@ -224,13 +230,13 @@ def test_wrong_inputs_name_the_encoder(protocol, change, message):
 def test_linear_probe_refuses_senseless_options(options):
   train, test = blobs(60, 5, 3, 0.1, seed=1), blobs(20, 5, 3, 0.1, seed=2)
   with pytest.raises(ValueError, match="0 < holdout < 1"):
-    probes.linear_probe(train, test, **options)
+    linear.linear_probe(train, test, **options)
 
 
 def test_linear_probe_needs_two_classes():
   train, test = blobs(60, 5, 1, 0.1, seed=1), blobs(20, 5, 1, 0.1, seed=2)
   with pytest.raises(ValueError, match="at least 2"):
-    probes.linear_probe(train, test)
+    linear.linear_probe(train, test)
 
 
 @pytest.mark.parametrize(
@@ -239,4 +245,195 @@ def test_linear_probe_needs_two_classes():
 def test_nearest_neighbours_refuse_senseless_options(options):
   train, test = blobs(60, 5, 3, 0.1, seed=1), blobs(20, 5, 3, 0.1, seed=2)
   with pytest.raises(ValueError, match="must be positive"):
-    probes.nearest_neighbours(train, test, **options)
+    knn.nearest_neighbours(train, test, **options)
+
+
+# --- ridge ------------------------------------------------------------------
+
+
+def numbers(count, seed, noise=0.5, width=11):
+  """Correlated features with offsets, and a number that depends on them."""
+  random = np.random.default_rng(seed)
+  mixing = np.random.default_rng(8).normal(size=(width, width))
+  features = random.normal(size=(count, width)) @ mixing * 3 + 5
+  weights = np.random.default_rng(9).normal(size=width) / 5
+  labels = features @ weights + noise * random.normal(size=count) - 40
+  return {
+    "features": features.astype(np.float32),
+    "labels": labels.astype(np.float32),
+  }
+
+
+@pytest.mark.parametrize("strength", [10.0, 0.1, 1e-4])
+@pytest.mark.parametrize("count", [307, 9])  # more and fewer than features
+def test_ridge_is_the_closed_form_of_scikit_learn(strength, count):
+  linear_model = pytest.importorskip("sklearn.linear_model")
+  metrics_of = pytest.importorskip("sklearn.metrics")
+  preprocessing = pytest.importorskip("sklearn.preprocessing")
+  train, test = numbers(count, seed=1), numbers(83, seed=2)
+  scaler = preprocessing.StandardScaler().fit(
+    train["features"].astype(np.float64)
+  )
+  model = linear_model.Ridge(alpha=count * strength, solver="svd").fit(
+    scaler.transform(train["features"]), train["labels"]
+  )
+  said = model.predict(scaler.transform(test["features"]))
+  metrics = ridge.ridge(train, test, strengths=[strength])
+  assert metrics["strength"] == strength
+  assert metrics["r2"] == pytest.approx(
+    metrics_of.r2_score(test["labels"], said), abs=1e-4
+  )
+  assert metrics["rmse"] == pytest.approx(
+    np.sqrt(metrics_of.mean_squared_error(test["labels"], said)), rel=1e-4
+  )
+
+
+def test_ridge_finds_an_exact_relation_and_nothing_in_noise():
+  exact = ridge.ridge(numbers(211, 1, noise=0), numbers(67, 2, noise=0))
+  assert exact["r2"] > 0.99999 and exact["train_r2"] > 0.99999
+  assert exact["rmse"] < 0.01 < exact["baseline_rmse"]
+  train, test = numbers(211, 1), numbers(400, 2)
+  for seed, examples in enumerate((train, test)):
+    random = np.random.default_rng(seed)
+    examples["labels"] = random.normal(size=len(examples["labels"])) + 3
+  noise = ridge.ridge(train, test)
+  assert abs(noise["r2"]) < 0.06
+  assert noise["rmse"] == pytest.approx(noise["baseline_rmse"], rel=0.05)
+  assert (noise["n_train"], noise["n_test"]) == (211, 400)
+
+
+def test_strength_of_ridge_is_chosen_for_unseen_images():
+  train, test = numbers(60, 1, width=50), numbers(900, 2, width=50)
+  for seed, examples in enumerate((train, test)):
+    random = np.random.default_rng(seed)
+    examples["labels"] = examples["features"][:, 0] + random.normal(
+      scale=30, size=len(examples["labels"])
+    )
+  weak = ridge.ridge(train, test, strengths=[1e-6])
+  chosen = ridge.ridge(train, test, strengths=[1e-6, 1e-2, 10.0])
+  assert chosen["strength"] == 10.0
+  assert chosen["r2"] > weak["r2"] + 0.1
+
+
+def test_standard_errors_are_the_spread_over_test_samples():
+  train = numbers(300, 1, noise=2.0)
+  found = [
+    ridge.ridge(train, numbers(150, 9 + i, noise=2.0)) for i in range(80)
+  ]
+  assert np.mean([x["standard_error"] for x in found]) == pytest.approx(
+    np.std([x["r2"] for x in found]), rel=0.3
+  )
+  metrics = linear.linear_probe(
+    blobs(90, 5, 3, 1.5, seed=1), blobs(40, 5, 3, 1.5, seed=2)
+  )
+  share = metrics["top1"] / 100
+  assert metrics["standard_error"] == pytest.approx(
+    100 * np.sqrt(share * (1 - share) / 40), abs=1e-3
+  )
+
+
+@pytest.mark.parametrize(
+  "change, options, message",
+  [
+    ({}, {"holdout": 1.0}, "0 < holdout < 1"),
+    ({}, {"strengths": [-1.0]}, "above 0"),
+    ({"labels": np.full(60, np.nan)}, {}, "not finite"),
+    ({"labels": np.full(60, 3)}, {}, "all the same"),
+    ({"labels": np.asarray(["a"] * 60)}, {}, "numbers"),
+    ({"labels": np.zeros(59)}, {}, "do not fit"),
+  ],
+)
+def test_ridge_refuses_what_has_no_answer(change, options, message):
+  train, test = numbers(60, 1), numbers(20, 2)
+  with pytest.raises(ValueError, match=message):
+    ridge.ridge({**train, **change}, test, **options)
+
+
+# --- rows -------------------------------------------------------------------
+
+
+def mean_norm(train, test, *, seed):
+  del seed
+  assert "labels" not in train
+  return {"norm": float(np.linalg.norm(test["features"], axis=1).mean())}
+
+
+NORM = protocol.Protocol(
+  name="norm",
+  title="mean norm",
+  run=mean_norm,
+  score="norm",
+  unit="px",
+  higher_is_better=False,
+  label="none",
+)
+
+
+@pytest.mark.parametrize("row", protocols.PROTOCOLS.values())
+def test_rows_say_what_their_protocols_return(row):
+  make = (
+    numbers if row.label == "number" else (lambda n, s: blobs(n, 5, 3, 1.0, s))
+  )
+  (said,) = protocols.table(
+    "x",
+    {("trained", "last"): (make(90, 1), make(40, 2))},
+    [row],
+    progress=False,
+  )
+  assert said["score"] == row.score and np.isfinite(said[said["score"]])
+  assert said["standard_error"] > 0
+  assert (said["protocol"], said["title"]) == (row.name, row.title)
+  assert json.loads(json.dumps(said)) == said
+
+
+def test_a_protocol_may_live_elsewhere():
+  row = protocols.find(f"{__name__}:NORM")
+  assert row is NORM
+  features = {"features": np.full((7, 4), 2.0, np.float32)}
+  (said,) = protocols.table(
+    "x", {("trained", "last"): (features, features)}, [row], progress=False
+  )
+  assert said["norm"] == 4 and said["protocol"] == "norm"
+  assert not said["higher_is_better"] and said["unit"] == "px"
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("no_such_module:ROW", "cannot be imported"),
+    ("json:ROW", "cannot be imported"),
+    ("json:dumps", "needs a Protocol"),
+    ("ridg", 'did you mean "ridge"'),
+  ],
+)
+def test_what_is_no_protocol_is_named(name, message):
+  with pytest.raises(ValueError, match=message):
+    protocols.find(name)
+
+
+@pytest.mark.parametrize(
+  "dtype, rank, takers",
+  [
+    (np.int32, 0, {"class", "number", "none"}),
+    (np.float32, 0, {"number", "none"}),
+    (object, 0, {"class", "none"}),
+    (np.int32, 1, {"none"}),  # several labels an image
+    (np.float32, 3, {"dense", "none"}),
+  ],
+)
+def test_kinds_of_label_take_their_types(dtype, rank, takers):
+  rows = [dataclasses.replace(NORM, label=kind) for kind in protocol.KINDS]
+  assert {row.label for row in rows if row.takes(dtype, rank)} == takers
+
+
+def test_accuracies_of_classes_go_by_their_names():
+  train, test = blobs(90, 5, 3, 0.1, seed=1), blobs(40, 5, 3, 0.1, seed=2)
+  (row,) = protocols.table(
+    "x",
+    {("trained", "last"): (train, test)},
+    [knn.ROW],
+    names=["ant", "bee", "cat"],
+    progress=False,
+  )
+  assert row["per_class"] == {"ant": 100, "bee": 100, "cat": 100}
+  assert row["classes"] == 3

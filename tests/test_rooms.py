@@ -18,7 +18,16 @@ MAY_IMPORT = {
   "data": {"render", "models", "masks", "data"},
   "training": {"models", "masks", "objectives", "training", "config"},
   "planning": {"models", "objectives", "planning", "training", "config"},
-  "evaluation": {"models", "objectives", "evaluation", "config"},
+  "evaluation": {
+    "models",
+    "masks",
+    "objectives",
+    "data",
+    "training",
+    "planning",
+    "evaluation",
+    "config",
+  },
 }
 
 

@@ -1,5 +1,4 @@
 import io
-import os
 import pathlib
 import types
 
@@ -9,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from jepa_jax.data import records, sources
+from jepa_jax.data import sources
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared/data/tfds"
 
@@ -174,107 +173,9 @@ def test_fashion_mnist_is_read_as_it_is():
   assert image.shape == (28, 28, 1)
 
 
-# --- folders ----------------------------------------------------------------
-
-
 def save(path, value=0):
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.new("RGB", (9, 7), (value, 0, 0)).save(path)
-
-
-def test_folder_reads_every_image_below_it_in_sorted_order(tmp_path):
-  names = ["b.png", "a/2.JPG", "a/1.jpeg", "c/d/e.bmp"]
-  for name in names:
-    save(tmp_path / name)
-  (tmp_path / "a/notes.txt").write_text("no image")
-  source = sources.open_source(config("folder", str(tmp_path)))
-  assert len(source) == 4
-  assert [source.name(i) for i in range(4)] == [
-    str(tmp_path / name) for name in sorted(names)
-  ]
-  for i, data in enumerate(source.images(source.read(np.arange(4)))):
-    assert Image.open(io.BytesIO(data)).size == (9, 7), i
-  assert source.features(tf.constant(b""), tf.constant(0)) == {}
-
-
-def test_folders_of_a_folder_are_its_classes(tmp_path):
-  for name in ("cat/x.png", "dog/b/y.png", "dog/z.png", "ant/w.png"):
-    save(tmp_path / name)
-  source = sources.open_source(config("folder", str(tmp_path)))
-  assert source.classes == ["ant", "cat", "dog"]
-  labels = [
-    int(source.features(tf.constant(b""), tf.constant(i))["label"])
-    for i in range(4)
-  ]
-  assert labels == [0, 1, 2, 2]
-
-
-def test_names_are_in_the_order_of_whole_paths(tmp_path):
-  names = ["a/2.png", "a-b/1.png", "a/10.png", "b/c.d/1.png", "b/c/1.png"]
-  names += ["b/c-/1.png", "b/c.png", "ü/é.png"]
-  for name in names:
-    save(tmp_path / name)
-  source = sources.open_source(config("folder", str(tmp_path)))
-  found = [source.name(i) for i in range(len(source))]
-  assert found == [str(tmp_path / name) for name in sorted(names)]
-  assert source.classes == ["a", "a-b", "b", "ü"]
-  for i, name in enumerate(sorted(names)):
-    label = source.features(tf.constant(b""), tf.constant(i))["label"]
-    assert source.classes[int(label)] == name.split("/")[0]
-
-
-def test_a_file_that_went_away_reads_as_empty(tmp_path):
-  save(tmp_path / "a.png")
-  source = sources.open_source(config("folder", str(tmp_path)))
-  (tmp_path / "a.png").unlink()
-  assert source.read(np.asarray([0])) == [b""]
-
-
-def test_no_folder_and_an_empty_folder_are_errors(tmp_path):
-  with pytest.raises(ValueError, match="no folder .*data.name"):
-    sources.open_source(config("folder", str(tmp_path / "nowhere")))
-  (tmp_path / "notes.txt").write_text("no image")
-  with pytest.raises(ValueError, match="no image below"):
-    sources.open_source(config("folder", str(tmp_path)))
-
-
-def test_a_long_listing_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  monkeypatch.setattr(records, "_CACHE_SECONDS", 0.0)
-  root = tmp_path / "images"
-  for name in ("a/x.png", "b/c/y.png"):
-    save(root / name)
-  wanted = [str(root / name) for name in ("a/x.png", "b/c/y.png")]
-  calls = []
-  list_folder = sources._list_folder
-  monkeypatch.setattr(
-    sources,
-    "_list_folder",
-    lambda path: calls.append(path) or list_folder(path),
-  )
-
-  def names():
-    source = sources.open_source(config("folder", str(root)))
-    assert source.classes == ["a", "b"]
-    return [source.name(i) for i in range(len(source))]
-
-  assert names() == names() == wanted
-  assert len(calls) == 1
-  save(root / "b/c/z.png")
-  os.utime(root / "b/c", ns=(1, 1))  # however coarse the clock is
-  assert names() == [*wanted, str(root / "b/c/z.png")]
-  (root / "a/x.png").unlink()
-  save(root / "a/v.png")
-  os.utime(root / "a", ns=(2, 2))
-  assert names()[0] == str(root / "a/v.png")
-  assert len(calls) == 3
-
-
-def test_a_link_to_a_folder_above_does_not_loop(tmp_path):
-  save(tmp_path / "a/x.png")
-  (tmp_path / "a/up").symlink_to(tmp_path)
-  source = sources.open_source(config("folder", str(tmp_path)))
-  assert len(source) == 1
 
 
 # --- mixtures ---------------------------------------------------------------
@@ -282,12 +183,12 @@ def test_a_link_to_a_folder_above_does_not_loop(tmp_path):
 
 def test_a_mixture_has_the_images_of_its_parts(tiny, tmp_path):
   for i in range(3):
-    save(tmp_path / f"{i}.png", i)
+    save(tmp_path / f"train/{i}.png", i)
   name = f"0.75 tfds:tiny_pictures + 0.25 folder:{tmp_path}"
   source = sources.open_source(config("mixture", name, data_dir=tiny))
   assert len(source) == 40
   assert source.name(36).startswith("tiny_pictures")
-  assert source.name(37) == str(tmp_path / "0.png")
+  assert source.name(37) == str(tmp_path / "train/0.png")
   images = source.images(source.read(np.asarray([38, 5])))
   assert Image.open(io.BytesIO(images[0])).size == (9, 7)
   assert Image.open(io.BytesIO(images[1])).format == "JPEG"
@@ -299,3 +200,23 @@ def test_a_mixture_has_the_images_of_its_parts(tiny, tmp_path):
 def test_a_mixture_that_is_none_is_explained(name):
   with pytest.raises(ValueError, match="0.7 tfds:imagenet2012"):
     sources.open_source(config("mixture", name))
+
+
+def test_slices_of_tfds_share_records_where_they_overlap(tiny):
+  of = lambda split: sources.open_source(config(split=split, data_dir=tiny))
+  assert sources.shared(of("train[:20]"), of("train[20:]")) == 0
+  assert sources.shared(of("train[:20]"), of("train[15:]")) == 5
+  assert sources.shared(of("train"), of("test")) == 0
+  assert sources.shared(of("train[:3]+train[:5]"), of("train")) == 5
+
+
+def test_splits_of_a_mixture_are_those_of_its_parts(tiny, tmp_path):
+  for i in range(30):
+    save(tmp_path / f"{i}.png", i)
+  name = f"1 tfds:tiny_pictures + 1 folder:{tmp_path}"
+  of = lambda split: sources.open_source(
+    config("mixture", name, split=split, data_dir=tiny)
+  )
+  assert len(of("train")) + len(of("test")) == 37 + 5 + 30
+  assert sources.shared(of("train"), of("test")) == 0
+  assert sources.shared(of("train[:50%]"), of("train[50%:]")) == 0

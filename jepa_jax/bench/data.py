@@ -159,7 +159,7 @@ def listing(files: int, *, folders: int = 1000) -> list[bench.Row]:
     which looks at the folders alone (where listing took over a second, and so
     was kept).
   """
-  from jepa_jax.data import sources
+  from jepa_jax.data import folder as folder_lib
 
   rows = []
   with tempfile.TemporaryDirectory() as root:
@@ -174,7 +174,7 @@ def listing(files: int, *, folders: int = 1000) -> list[bench.Row]:
     with _cache_in(root):
       for what in ("first", "again"):
         began = time.perf_counter()
-        found = len(sources.FolderSource(str(images)))
+        found = len(folder_lib.FolderSource(str(images)))
         seconds = time.perf_counter() - began
         rows.append({"start": what, "files": found, "seconds": seconds})
   return rows

@@ -5,7 +5,7 @@ keyed permutation of record numbers, crops and masks come from a counter-based
 generator. So hosts agree without talking, and resuming costs one seek.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from jepa_jax import masks, models
 from jepa_jax.data import augment, batches, order, sources, tf_masks
+from jepa_jax.data import labels as labels_lib
 from jepa_jax.data import unreadable as unreadable_lib
 
 Provider = Callable[[tf.Tensor, dict[str, tf.Tensor]], dict[str, tf.Tensor]]
@@ -101,7 +102,10 @@ def train_dataset(
   share = _share(config.batch_size, process_count)
   source = sources.open_source(data)
   providers = _providers(config, batch_spec)
-  label_of = _label_function(data.label) if "label" in batch_spec else None
+  label_of = {}
+  if "label" in batch_spec:
+    names = labels_lib.class_names(data, [data.split], data.label)
+    label_of["label"] = labels_lib.function(data.label, names)
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
@@ -116,14 +120,14 @@ def train_dataset(
     draw = dict(seed=config.seed, epoch=epoch, index=index)
     crops = augment.random_crops(data, sizes, orientations, **draw)
     plans = [encoded, crops.boxes, crops.flips, index, epoch]
-    if label_of is not None:
+    if label_of:
       plans.append(batches.strings(records))
     if distorts:
       plans.append(augment.random_colors(data, **draw))
     return tuple(plans)
 
   def finish(step, batch):
-    keys = ("image",) if label_of is None else ("image", "label")
+    keys = ("image", *label_of)
     batch = batch | unreadable_lib.mend(batch, keys, source, unreadable)
     made = {}
     for provide in providers:
@@ -131,13 +135,13 @@ def train_dataset(
     return {name: made[name] for name in batch_spec}
 
   spec = {"epoch": tf.TensorSpec([share], tf.int64)}
-  if label_of is not None:
+  if label_of:
     spec["record"] = tf.TensorSpec([share], tf.string)
   if distorts:
     spec["color"] = tf.TensorSpec([share, 6], tf.float32)
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
   dataset = batches.decoded(
-    steps, plan, spec, source, data, share, _label_feature(source, label_of)
+    steps, plan, spec, source, data, share, _label_features(source, label_of)
   ).map(batches.plain(finish))
   _check_spec(dataset.element_spec, batch_spec)
   return _finish(dataset, data)
@@ -178,16 +182,16 @@ def _check_spec(made: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
       )
 
 
-def _label_feature(
-  source: sources.Source, label_of: Callable[..., Any] | None
+def _label_features(
+  source: sources.Source, functions: Mapping[str, Callable[..., Any]]
 ) -> Callable[[dict[str, tf.Tensor]], dict[str, Any]]:
-  """A function from an example of `_decoded` to {"label"}, {} without one."""
+  """A function from an example of `batches.decoded` to its labels by name."""
 
   def features(example):
-    if label_of is None:
+    if not functions:
       return {}
-    record = example["record"]
-    return {"label": label_of(source.features(record, example["index"]))}
+    known = source.features(example["record"], example["index"])
+    return {name: of(known) for name, of in functions.items()}
 
   return features
 
@@ -196,7 +200,8 @@ def evaluation_dataset(
   config: Any,
   *,
   batch_size: int,
-  label: str | None = None,
+  labels: Sequence[str] = (),
+  names: Mapping[str, Sequence[str]] | None = None,
   split: str | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -209,22 +214,28 @@ def evaluation_dataset(
   Args:
     config: config.data.
     batch_size: images a global batch; the last one is padded.
-    label: name of a label of `scenes.LABELS`, or of a scalar feature; None for
-      no labels.
+    labels: names of labels of `scenes.LABELS`, or of features.
+    names: of classes by label, see labels.class_names; text becomes the number
+      of its name.
     split: in place of config.split.
     process_index: of this process.
     process_count: number of processes; must divide the batch size.
     unreadable: where to count images that are skipped.
 
   Returns:
-    Batches {image uint8 [B, H, W, C], label [B, ...], valid bool [B]}, B being
-    this process's share. Padding, and what cannot be read, has valid False.
+    Batches {image uint8 [B, H, W, C], labels {name: [B, ...]}, valid bool [B]},
+    B being this process's share. Integers and truth values are int32, floats
+    float32, text without names is text. Padding, and what cannot be read, has
+    valid False.
 
   Raises:
     ValueError: source, label or share that cannot be had.
   """
   source = sources.open_source(config, split)
-  label_of = None if label is None else _label_function(label)
+  label_of = {
+    label: labels_lib.function(label, (names or {}).get(label))
+    for label in labels
+  }
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(config.max_unreadable)
   count = len(source)
@@ -246,37 +257,21 @@ def evaluation_dataset(
     del start
     # Counts what "valid" leaves out.
     unreadable_lib.mend(batch, ("index",), source, unreadable)
-    example = {
+    return {
       "image": batch["image"],
       "valid": batch["valid"] & batch["readable"],
+      "labels": batch["labels"],
     }
-    if label_of is not None:
-      example["label"] = batch["label"]
-    return example
 
   spec = {
     "record": tf.TensorSpec([share], tf.string),
     "valid": tf.TensorSpec([share], tf.bool),
   }
   starts = tf.data.Dataset.range(0, count, batch_size)
-  features = _label_feature(source, label_of)
+  made = _label_features(source, label_of)
+  features = lambda example: {"labels": made(example)}
   dataset = batches.decoded(starts, plan, spec, source, config, share, features)
   return _finish(dataset.map(batches.plain(finish)), config)
-
-
-def _label_function(label: str) -> Any:
-  from jepa_jax.data import scenes
-
-  if label in scenes.LABELS:
-    return scenes.LABELS[label]
-
-  def feature(features):
-    if label not in features:
-      known = sorted(set(features) | set(scenes.LABELS))
-      raise ValueError(f'no label "{label}"; there are: {", ".join(known)}')
-    return tf.cast(features[label], tf.int32)
-
-  return feature
 
 
 def _finish(dataset: tf.data.Dataset, config: Any) -> tf.data.Dataset:

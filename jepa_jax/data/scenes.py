@@ -53,8 +53,20 @@ def distance(example: dict) -> tf.Tensor:
 
   Reference: Zhai et al. 2019, table 2 and appendix A, arXiv:1910.04867.
   """
-  nearest = tf.reduce_min(example["objects"]["pixel_coords"][:, 2])
-  return tf.reduce_sum(tf.cast(nearest > DISTANCE_EDGES, tf.int32))
+  return tf.reduce_sum(tf.cast(nearest(example) > DISTANCE_EDGES, tf.int32))
+
+
+def nearest(example: dict) -> tf.Tensor:
+  """How far the nearest object is, as a number: what `distance` bins.
+
+  Args:
+    example: as for `count`.
+
+  Returns:
+    float32 scalar, depth of its centre along the optical axis, in CLEVR's
+    world units.
+  """
+  return tf.reduce_min(example["objects"]["pixel_coords"][:, 2])
 
 
 def depth(example: dict) -> tf.Tensor:
@@ -70,10 +82,12 @@ def depth(example: dict) -> tf.Tensor:
   return tf.cast(example["depth"], tf.float32) * examples.DEPTH_UNIT
 
 
-# Each takes one un-batched example. `depth` is a map, so it has no classes.
+# Each takes one un-batched example. `count` and `distance` are classes,
+# `nearest` is a number and `depth` a map.
 LABELS: dict[str, collections.abc.Callable[[dict], tf.Tensor]] = {
   "count": count,
   "distance": distance,
+  "nearest": nearest,
   "depth": depth,
 }
 NUM_CLASSES = {

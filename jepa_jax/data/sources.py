@@ -5,10 +5,9 @@ state), and TensorFlow only for labels. So the order of a run is arithmetic on
 record numbers, and a resumed run seeks instead of reading again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
 import difflib
-import itertools
 import os
 import pathlib
 import re
@@ -19,9 +18,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from jepa_jax.data import records
-
-FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+from jepa_jax.data import folder, records
 
 
 class Source(Protocol):
@@ -44,6 +41,15 @@ class Source(Protocol):
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     """All features of one record but its image, decoded by TensorFlow."""
 
+  def class_names(self, label: str) -> list[str] | None:
+    """Names of the classes of a label, by number; None where it has none."""
+
+  def places(self) -> dict[str, np.ndarray]:
+    """Where the records are: numbers within a place, by the place's name.
+
+    Two sources share a record where they share a number of a place.
+    """
+
 
 class TfdsSource:
   """A split, or slice of a split, of a prepared TFDS data set.
@@ -60,18 +66,18 @@ class TfdsSource:
     self._builder = builder
     self._features = builder.info.features
     info = _split_info(builder, split)
+    self._instructions = info.file_instructions
     self._label = f"{builder.info.full_name} {split}"
     self._image_key = _image_key(self._features, self._label)
     feature = self._features[self._image_key]
     # What the builder declared; else the images tell themselves.
     self.encoding = getattr(feature, "_encoding_format", None)
-    instructions = info.file_instructions
-    kinds = {_record_format(x.filename) for x in instructions}
+    kinds = {_record_format(x.filename) for x in self._instructions}
     if kinds == {"tfrecord"}:
-      self._records = records.TfRecords(instructions)
+      self._records = records.TfRecords(self._instructions)
     elif kinds == {"array_record"}:
       self._records = array_record_data_source.ArrayRecordDataSource(
-        instructions
+        self._instructions
       )
     else:
       raise ValueError(
@@ -102,124 +108,16 @@ class TfdsSource:
     del features[self._image_key]
     return features
 
+  def class_names(self, label: str) -> list[str] | None:
+    feature = self._features[label] if label in self._features else None
+    named = isinstance(feature, tfds.features.ClassLabel)
+    return list(feature.names) if named else None
 
-class FolderSource:
-  """Image files below a folder, in sorted order.
-
-  Where every image lies in a sub-folder, the names of the first level are the
-  classes, numbered in sorted order.
-
-  Args:
-    root: the folder.
-
-  Raises:
-    ValueError: no such folder, or no image in it.
-  """
-
-  encoding = None
-
-  def __init__(self, root: str):
-    self._root = pathlib.Path(root).expanduser()
-    if not self._root.is_dir():
-      raise ValueError(f"no folder {root}; set data.name to a folder of images")
-    listing = records.cached(
-      "folder",
-      str(self._root.resolve()),
-      lambda: _list_folder(str(self._root)),
-      lambda arrays: _is_current(str(self._root), arrays),
+  def places(self) -> dict[str, np.ndarray]:
+    return _merged(
+      {str(x.filename): np.arange(x.skip, x.skip + x.take)}
+      for x in self._instructions
     )
-    self._names = records.Names(listing["names"])
-    if not len(self._names):
-      raise ValueError(
-        f"no image below {root}; it needs files that end in"
-        f" {', '.join(FOLDER_SUFFIXES)}"
-      )
-    self.classes = list(records.Names(listing["classes"]))
-    self._labels = listing["labels"]
-
-  def __len__(self) -> int:
-    return len(self._names)
-
-  def read(self, indices: np.ndarray) -> list[bytes]:
-    files = []
-    for i in indices.tolist():
-      try:
-        files.append((self._root / self._names[i]).read_bytes())
-      except OSError:  # gone or forbidden: an unreadable image like any other
-        files.append(b"")
-    return files
-
-  def images(self, records: Sequence[bytes]) -> list[bytes]:
-    return list(records)
-
-  def name(self, index: int) -> str:
-    return str(self._root / self._names[index])
-
-  def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
-    del record
-    if not self.classes:
-      return {}
-    return {"label": tf.gather(self._labels, index)}
-
-
-def _list_folder(root: str) -> dict[str, np.ndarray]:
-  """Names, labels and classes of the images below a folder, and its folders.
-
-  Names are packed a folder at a time, for a million of them as Python objects
-  would take ten times the memory.
-  """
-  packed, tops, counts, folders, seen = [], [], [], [], set()
-
-  def walk(prefix: str) -> None:
-    path = os.path.join(root, prefix)
-    stat = os.stat(path)
-    if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
-      return
-    seen.add((stat.st_dev, stat.st_ino))
-    folders.append((prefix, stat.st_mtime_ns))
-    here = []
-    with os.scandir(path) as entries:
-      for entry in entries:
-        if entry.name.lower().endswith(FOLDER_SUFFIXES):
-          here.append(prefix + entry.name)
-        elif entry.is_dir():
-          here.append(prefix + entry.name + "/")
-    here.sort()  # with its "/", a folder stands where its files belong
-    for is_folder, group in itertools.groupby(here, lambda x: x[-1] == "/"):
-      if is_folder:
-        for name in group:
-          walk(name)
-      else:
-        names = list(group)
-        packed.append(records.Names.pack(names))
-        tops.append(prefix.partition("/")[0])
-        counts.append(len(names))
-
-  walk("")
-  classes = (
-    sorted(set(tops)) if all(tops) else []
-  )  # none where a file is on top
-  number = {name: i for i, name in enumerate(classes)}
-  labels = [number.get(top, -1) for top in tops]
-  return {
-    "names": np.concatenate([*packed, np.zeros(0, np.uint8)]),
-    "classes": records.Names.pack(classes),
-    "labels": np.repeat(np.asarray(labels, np.int32), counts),
-    "folders": records.Names.pack([prefix for prefix, _ in folders]),
-    "times": np.asarray([time_ns for _, time_ns in folders], np.int64),
-  }
-
-
-def _is_current(root: str, listing: dict[str, np.ndarray]) -> bool:
-  """Whether no folder has changed since it was listed."""
-  folders = records.Names(listing["folders"])
-  for prefix, time_ns in zip(folders, listing["times"]):
-    try:
-      if os.stat(os.path.join(root, prefix)).st_mtime_ns != time_ns:
-        return False
-    except OSError:
-      return False
-  return True
 
 
 class Mixture:
@@ -268,13 +166,39 @@ class Mixture:
     del record, index
     return {}
 
+  def class_names(self, label: str) -> list[str] | None:
+    del label
+    return None
+
+  def places(self) -> dict[str, np.ndarray]:
+    return _merged(part.places() for part in self.parts)
+
+
+def _merged(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """One dict of the numbers of several; each number once."""
+  merged: dict[str, np.ndarray] = {}
+  for places in parts:
+    for place, numbers in places.items():
+      merged[place] = np.union1d(merged.get(place, []), numbers)
+  return merged
+
+
+def shared(a: Source, b: Source) -> int:
+  """How many records two sources have in common."""
+  theirs = b.places()
+  return sum(
+    len(np.intersect1d(numbers, theirs[place]))
+    for place, numbers in a.places().items()
+    if place in theirs
+  )
+
 
 def open_source(config: Any, split: str | None = None) -> Source:
   """Opens the source that config.data names.
 
   Args:
     config: config.data; reads source, name, split and data_dir.
-    split: in place of config.split. A folder has no splits and ignores it.
+    split: in place of config.split.
 
   Raises:
     ValueError: unknown source, data set or split, or nothing to read.
@@ -291,8 +215,7 @@ def _open_tfds(config: Any, split: str) -> Source:
 
 
 def _open_folder(config: Any, split: str) -> Source:
-  del split
-  return FolderSource(config.name)
+  return folder.FolderSource(config.name, split)
 
 
 def _open_mixture(config: Any, split: str) -> Source:
@@ -396,7 +319,7 @@ def _split_info(builder: tfds.core.DatasetBuilder, split: str) -> Any:
   splits = builder.info.splits
   try:
     info = splits[split]
-  except (KeyError, ValueError) as error:
+  except (KeyError, ValueError, NotImplementedError) as error:
     raise ValueError(
       f'{builder.info.full_name} has no split "{split}"; it has:'
       f" {', '.join(sorted(splits))}, and slices such as train[:1%]"

@@ -15,16 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import special
 
-# An alarm means "look now", so these lie well outside of what healthy runs
-# show, and of what random ViTs show on 128 images of scenes and Fashion-MNIST:
-# standard deviation .05 to .08, effective rank 6 to 47, cosine .990 to .996
-# (all images share their positions, hence the strict limit).
-THRESHOLDS = {
-  "feature_std": 1e-3,  # at least; features of a final LayerNorm have scale 1
-  "effective_rank": 2.0,  # at least; 1 is one single direction
-  "mean_cosine": 0.9999,  # at most; 1 is the same direction for every image
-}
-
 
 def feature_std(features: jax.Array) -> jax.Array:
   """Standard deviation over the images, averaged over the D features.
@@ -102,26 +92,29 @@ def mean_cosine(features: jax.Array) -> jax.Array:
   return (total - jnp.sum(jnp.square(units))) / (count * (count - 1))
 
 
+METRICS = {
+  "feature_std": feature_std,
+  "effective_rank": effective_rank,
+  "mean_cosine": mean_cosine,
+}
+
+
 def collapse_metrics(features: jax.Array) -> dict[str, jax.Array]:
-  """The three metrics above by name; `features` is [B, D] with B > 1."""
-  return {
-    "feature_std": feature_std(features),
-    "effective_rank": effective_rank(features),
-    "mean_cosine": mean_cosine(features),
-  }
+  """All METRICS by name; `features` is [B, D] with B > 1."""
+  return {name: metric(features) for name, metric in METRICS.items()}
 
 
 def collapse_warning(
   metrics: Mapping[str, float],
-  thresholds: Mapping[str, float] = THRESHOLDS,
+  thresholds: Mapping[str, float],
 ) -> str:
   """A sentence for the log when the metrics say collapse, otherwise "".
 
   Args:
     metrics: any of feature_std, effective_rank and mean_cosine; further keys
       are ignored, so a whole row of the run's metrics will do.
-    thresholds: the limits, by the same names (THRESHOLDS). A metric without
-      a limit is not judged.
+    thresholds: the limits, by the same names: config.collapse. A metric
+      without a limit is not judged.
 
   Returns:
     What is wrong, with value and limit, and what to try; "" when all is well.
@@ -129,11 +122,10 @@ def collapse_warning(
   Raises:
     ValueError: a threshold's name is not one of the three metrics.
   """
-  unknown = sorted(set(thresholds) - set(THRESHOLDS))
+  unknown = sorted(set(thresholds) - set(METRICS))
   if unknown:
     raise ValueError(
-      f"unknown collapse threshold {unknown[0]!r}; known: "
-      + ", ".join(THRESHOLDS)
+      f"unknown collapse threshold {unknown[0]!r}; known: {', '.join(METRICS)}"
     )
   found = []
   for name, limit in thresholds.items():

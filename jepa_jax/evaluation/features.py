@@ -14,86 +14,123 @@ REDUCED = 16  # larger ones are reduced to at most this size
 
 
 def extract(
-  encode: Callable[[np.ndarray], Any],
+  encoders: Mapping[str, Callable[[np.ndarray], Any]],
   dataset: Iterable[Mapping[str, Any]],
   *,
+  total: int,
   gather: Callable[[Any], np.ndarray] = np.asarray,
-  total: int | None = None,
   description: str = "features",
   progress: bool = True,
-) -> dict[str, np.ndarray]:
-  """Encodes every valid image of a data set, in order.
+) -> dict[str, dict[str, np.ndarray]]:
+  """Encodes every valid image of a data set, in order, by several encoders.
 
-  While the device encodes one batch, the host reads the next.
+  An image is read and decoded once for all of them. While the device encodes
+  one batch, the host reads the next. The features are held once on the host.
 
   Args:
-    encode: uint8 [B, H, W, C] -> [B, D], any float type. For the reported
-      numbers: the target encoder's patches, averaged. All batches have one
-      shape, so a jitted `encode` compiles once.
-    dataset: batches {"image": uint8 [B, H, W, C], "label": [B] or [B, ...],
+    encoders: name -> uint8 [B, H, W, C] -> [B, D], any float type. For the
+      reported numbers: the target encoder's patches, averaged. All batches have
+      one shape, so a jitted encoder compiles once.
+    dataset: batches {"image": uint8 [B, H, W, C], "labels": {name: [B, ...]},
       "valid": bool [B]} as arrays, or a tf.data.Dataset of them. Rows that are
       not valid (padding of the last batch) are dropped; no "valid" keeps all.
+    total: images in the data set, at least those that are valid.
     gather: the rows of all processes from those of this one, or from a global
       array; called alike by all of them. B counts this process's rows.
-    total: images in the data set, for the progress bar alone.
     description: what the progress bar says.
     progress: whether there is a progress bar.
 
   Returns:
-    {"features": float32 [n, D], "labels": [n] or [n, ...]} on the host.
+    {"features": {encoder: float32 [n, D]}, "labels": {name: [n, ...]}} on the
+    host.
 
   Raises:
-    ValueError: the data set is empty, `encode` returns anything but [B, D],
+    ValueError: the data set is empty, an encoder returns anything but [B, D],
       or a feature is not finite.
   """
   if hasattr(dataset, "as_numpy_iterator"):
     dataset = dataset.as_numpy_iterator()
-  features, labels = [], []
+  rows = _Rows(total)
   pending = None
   bar = tqdm.tqdm(
     total=total, desc=description, unit=" images", disable=not progress
   )
 
   def collect(encoded, batch):
-    encoded = np.asarray(gather(encoded), np.float32)
-    label = gather(batch["label"])
-    rows = len(label)
-    if encoded.ndim != 2 or len(encoded) != rows:
-      raise ValueError(
-        f"encode returned shape {encoded.shape} for {rows} images; it needs "
-        f"[{rows}, features]: average over the patches."
+    count = len(batch["image"])
+    valid = np.asarray(gather(batch.get("valid", np.ones(count, bool))), bool)
+    bar.update(
+      rows.add(
+        {
+          name: np.asarray(gather(x), np.float32) for name, x in encoded.items()
+        },
+        {name: gather(x) for name, x in batch.get("labels", {}).items()},
+        valid,
       )
-    valid = np.ones(rows, bool)
-    if "valid" in batch:
-      valid = np.asarray(gather(batch["valid"]), bool)
-    features.append(encoded[valid])
-    labels.append(label[valid])
-    bar.update(int(valid.sum()))
+    )
 
   with bar:
     for batch in dataset:
-      encoded = encode(batch["image"])  # returns before the device is done
+      # The encoders return before the device is done.
+      encoded = {name: of(batch["image"]) for name, of in encoders.items()}
       if pending is not None:
         collect(*pending)
       pending = encoded, batch
     if pending is not None:
       collect(*pending)
-  if not sum(map(len, features)):
-    raise ValueError(
-      f"no valid image to extract {description} from; the data set needs at "
-      "least one: check its split and path."
-    )
-  result = {
-    "features": np.concatenate(features),
-    "labels": np.concatenate(labels),
-  }
-  bad = int(np.sum(~np.isfinite(result["features"]).all(axis=1)))
-  if bad:
-    raise ValueError(
-      f"features of {bad} of {len(result['features'])} images are not finite; "
-      "the encoder's weights have diverged: use an earlier checkpoint."
-    )
-  return result
+  return rows.finish(description)
+
+
+class _Rows:
+  """Features and labels of the images so far, in arrays for all of them."""
+
+  def __init__(self, total):
+    self._total = total
+    self._count = 0
+    self._bad = np.zeros(total, bool)
+    self._arrays = {"features": {}, "labels": {}}
+
+  def add(self, features, labels, valid):
+    """Adds a batch; returns how many of its images are valid."""
+    for encoded in features.values():
+      if encoded.ndim != 2 or len(encoded) != len(valid):
+        raise ValueError(
+          f"encode returned shape {encoded.shape} for {len(valid)} images; it "
+          f"needs [{len(valid)}, features]: average over the patches."
+        )
+    end = self._count + int(valid.sum())
+    if end > self._total:
+      raise ValueError(
+        f"there are more images than the {self._total} expected."
+      )
+    for kind, values in (("features", features), ("labels", labels)):
+      for name, value in values.items():
+        if name not in self._arrays[kind]:
+          shape = (self._total, *value.shape[1:])
+          self._arrays[kind][name] = np.empty(shape, value.dtype)
+        self._arrays[kind][name][self._count : end] = value[valid]
+    for encoded in features.values():
+      finite = np.isfinite(encoded[valid]).all(axis=1)
+      self._bad[self._count : end] |= ~finite
+    added, self._count = end - self._count, end
+    return added
+
+  def finish(self, description):
+    """The arrays; ValueError where there is no image, or a NaN."""
+    if not self._count:
+      raise ValueError(
+        f"no valid image to extract {description} from; the data set needs at "
+        "least one: check its split and path."
+      )
+    if bad := int(self._bad.sum()):
+      raise ValueError(
+        f"features of {bad} of {self._count} images are not finite; "
+        "the encoder's weights have diverged: use an earlier checkpoint."
+      )
+    return {
+      kind: {name: value[: self._count] for name, value in arrays.items()}
+      for kind, arrays in self._arrays.items()
+    }
 
 
 def raw_pixels(images: np.ndarray) -> np.ndarray:
@@ -125,3 +162,18 @@ def _area_weights(size: int, reduced: int) -> np.ndarray:
     edges[:-1, None], pixels
   )
   return (np.clip(overlap, 0, 1) * (reduced / size)).astype(np.float32)
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation of each feature, for standardising.
+
+  Args:
+    features: float32 [n, D].
+
+  Returns:
+    Both float32 [D]; the deviation is 1 where a feature is constant.
+  """
+  mean = features.mean(axis=0, dtype=np.float64)
+  scale = features.std(axis=0, dtype=np.float64)
+  scale = np.where(scale <= 1e-6 * np.max(scale, initial=0), 1, scale)
+  return mean.astype(np.float32), scale.astype(np.float32)

@@ -1,0 +1,127 @@
+"""What images become before a probe sees them: the encoders compared.
+
+"trained" is the target encoder, its patches averaged; "random" the same
+architecture with random parameters; "pixels" the image itself.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import ml_collections
+
+from jepa_jax import models
+from jepa_jax.evaluation import features
+from jepa_jax.training import sharding
+
+BASELINES = ("random", "pixels")
+LAYERS = {"last": 1, "last4": 4}  # features -> layers, one after another
+
+
+def columns(kind: str, width: int) -> slice:
+  """Where features of that kind are in those of the most layers.
+
+  Args:
+    kind: a key of LAYERS, or "pixels".
+    width: of the encoder.
+  """
+  # The last layer's features are the last columns of the last four.
+  return slice(-width * LAYERS[kind] if kind in LAYERS else None, None)
+
+
+def pooled(
+  program: Any, state: Any, baselines: Collection[str], layers: int
+) -> dict[str, Callable[[Any], Any]]:
+  """Functions from a process's uint8 images to features [B, D].
+
+  Args:
+    program: training.program.Program.
+    state: its TrainState.
+    baselines: which of BASELINES stand beside the trained encoder.
+    layers: how many of the last ones; their features follow one another.
+
+  Returns:
+    Name of the encoder -> function.
+  """
+  data = program.config.data
+  split = sharding.batch_sharding(program.mesh)
+  network = encoder(program)
+
+  @jax.jit
+  def encode(params, images):
+    images = models.normalize_images(images, data.mean, data.std)
+    x = network.apply({"params": params}, images, layers=layers)
+    return x.astype("float32").mean(axis=1)
+
+  def encode_with(params):
+    put = jax.make_array_from_process_local_data
+    return lambda images: encode(params, put(split, images))
+
+  found = {"trained": encode_with(state.network("encoder"))}
+  if "random" in baselines:
+    found["random"] = encode_with(random_params(program))
+  if "pixels" in baselines:
+    found["pixels"] = features.raw_pixels
+  return found
+
+
+def patches(
+  program: Any, state: Any, images: Any, grid: tuple[int, int]
+) -> dict[str, Any]:
+  """Features of the patches, by the trained encoder and a random one.
+
+  Args:
+    program: training.program.Program.
+    state: its TrainState.
+    images: uint8 [B, H, W, C], the same in all processes.
+    grid: patches, rows and columns.
+
+  Returns:
+    {"trained", "random": float32 [B, h, w, D]}.
+  """
+  data = program.config.data
+  network = encoder(program)
+
+  def encode(params, images):
+    images = models.normalize_images(images, data.mean, data.std)
+    x = network.apply({"params": params}, images)
+    return x.reshape(len(images), *grid, -1).astype("float32")
+
+  encode = jax.jit(encode, out_shardings=sharding.replicated(program.mesh))
+  return {
+    "trained": jax.device_get(encode(state.network("encoder"), images)),
+    "random": jax.device_get(encode(random_params(program), images)),
+  }
+
+
+def random_params(program: Any) -> Any:
+  """Parameters of the encoder before training."""
+  return program.init(program.config.seed).network("encoder")
+
+
+def encoder(program: Any) -> Any:
+  """The encoder, with attention that any batch on any mesh can have."""
+  network = program.objective.networks["encoder"]
+  return (
+    network.clone(attention="xla") if network.attention == "pallas" else network
+  )
+
+
+def batch_size(program: Any) -> int:
+  """Images that are encoded at a time: a multiple of the devices."""
+  size = program.mesh.size
+  return max(1, min(256, program.config.batch_size) // size) * size
+
+
+def check(config: ml_collections.ConfigDict, networks: Any) -> None:
+  """Raises ValueError where there is no encoder to evaluate.
+
+  Args:
+    config: reads objective.
+    networks: those of the objective.
+  """
+  if "encoder" not in networks:
+    raise ValueError(
+      f'objective "{config.objective}" has no network "encoder" to evaluate; '
+      f"its networks are: {', '.join(networks)}. Drop config.evaluations."
+    )

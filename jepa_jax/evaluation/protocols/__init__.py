@@ -1,0 +1,128 @@
+"""What do frozen features know? One file a protocol, one row each.
+
+A protocol is a function (train, test, *, seed) -> dict of metrics and a row
+that says how to read them, see protocol.Protocol. To add one, write a file
+like ridge.py and add its row to PROTOCOLS; a row that lives elsewhere is named
+"my_package.module:ROW" in the evaluations of a config.
+
+A number from a probe means little alone: `table` runs the same probe on a
+trained encoder, on the same architecture with random parameters, and on raw
+pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+import difflib
+import importlib
+import time
+from typing import Any
+
+import tqdm
+
+from jepa_jax.evaluation.protocols import knn, linear, protocol, ridge
+
+PROTOCOLS: dict[str, protocol.Protocol] = {
+  row.name: row for row in (linear.ROW, knn.ROW, ridge.ROW)
+}
+
+
+def find(name: str, what: str = "protocol") -> protocol.Protocol:
+  """The row of a protocol.
+
+  Args:
+    name: a key of PROTOCOLS, or "my_package.module:ROW".
+    what: what the name stands for, in messages.
+
+  Raises:
+    ValueError: unknown, with the known ones, or no row there.
+  """
+  if name in PROTOCOLS:
+    return PROTOCOLS[name]
+  module, colon, attribute = name.partition(":")
+  if not colon:
+    near = difflib.get_close_matches(name, PROTOCOLS, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else "."
+    raise ValueError(
+      f'unknown {what} "{name}"; known: {", ".join(PROTOCOLS)} '
+      f'(or "my_package.module:ROW"){hint}'
+    )
+  try:
+    row = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'{what} "{name}" cannot be imported: {error}') from error
+  if not isinstance(row, protocol.Protocol) or row.label not in protocol.KINDS:
+    raise ValueError(
+      f'{what} "{name}" is {row!r}; it needs a Protocol whose kind of label is '
+      f"one of: {', '.join(protocol.KINDS)}."
+    )
+  return row
+
+
+def table(
+  evaluation: str,
+  encoders: Mapping[
+    tuple[str, str], tuple[protocol.Examples, protocol.Examples]
+  ],
+  rows: Sequence[protocol.Protocol],
+  *,
+  names: Sequence[str] | None = None,
+  seed: int = 0,
+  progress: bool = True,
+) -> list[dict[str, Any]]:
+  """The same protocols on the features of several encoders.
+
+  Args:
+    evaluation: what the labels are, e.g. "count"; goes into every row.
+    encoders: {(encoder, features): (train, test)}, where encoder is "trained",
+      "random" or "pixels" and features is "last", "last4" or "pixels".
+    rows: the protocols.
+    names: of the classes, by label, where they have any.
+    seed: passed to each protocol.
+    progress: whether there is a progress bar.
+
+  Returns:
+    Plain Python values, ready for JSON, a dict for each protocol and encoder:
+    evaluation; protocol, title, score, unit and higher_is_better of the row;
+    features, encoder, seconds; and the protocol's metrics.
+
+  Raises:
+    ValueError: what the protocol raises, with the names of evaluation and
+      encoder in front.
+  """
+  result = []
+  jobs = [(row, *key) for row in rows for key in encoders]
+  bar = tqdm.tqdm(jobs, desc=f"probe {evaluation}", disable=not progress)
+  for row, encoder, features in bar:
+    train, test = encoders[encoder, features]
+    bar.set_postfix_str(f"{row.name} {encoder} {features}")
+    started = time.perf_counter()
+    try:
+      metrics = row.run(train, test, seed=seed)
+    except ValueError as error:
+      raise ValueError(
+        f"{evaluation}, {row.name} on {encoder} {features}: {error}"
+      ) from error
+    if row.score not in metrics:
+      raise ValueError(
+        f"{evaluation}, {row.name}: its metrics lack its score {row.score!r}; "
+        f"they are: {', '.join(metrics)}."
+      )
+    if names is not None and "per_class" in metrics:
+      metrics["per_class"] = {
+        str(names[int(label)]): value
+        for label, value in metrics["per_class"].items()
+      }
+    result.append(
+      {
+        "evaluation": evaluation,
+        "protocol": row.name,
+        "title": row.title,
+        "score": row.score,
+        "unit": row.unit,
+        "higher_is_better": row.higher_is_better,
+        "features": features,
+        "encoder": encoder,
+        **metrics,
+        "seconds": round(time.perf_counter() - started, 2),
+      }
+    )
+  return result

@@ -1,0 +1,58 @@
+"""How often a classification is right: metrics of scores, in percent."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jepa_jax.evaluation.protocols import protocol
+
+PER_CLASS = 100  # classes up to which each has its own accuracy
+
+
+def accuracies(
+  scores: np.ndarray,
+  classes: np.ndarray,
+  train: protocol.Examples,
+  test: protocol.Examples,
+) -> dict[str, Any]:
+  """Metrics of a classification.
+
+  Args:
+    scores: [B, K], one column a class.
+    classes: [K], the label of each column, ascending.
+    train, test: what the classifier learned from and is judged by; a label of
+      test that classes lacks counts as an error.
+
+  Returns:
+    top1; top5 with more than 5 classes; standard_error of top1 over the test
+    images; majority, the top1 of always saying the commonest class of train;
+    per_class, {label: percent}, with at most PER_CLASS classes; n_train,
+    n_test, classes.
+  """
+  labels = np.asarray(test["labels"])
+  ranked = classes[np.argsort(-scores, axis=1, kind="stable")[:, :5]]
+  right = ranked == labels[:, None]  # [B, 5]
+  seen, counts = np.unique(train["labels"], return_counts=True)
+  share = float(np.mean(right[:, 0]))
+  result = {
+    "top1": percent(right[:, 0]),
+    "standard_error": 100 * math.sqrt(share * (1 - share) / len(labels)),
+    "majority": percent(labels == seen[np.argmax(counts)]),
+    "n_train": len(train["labels"]),
+    "n_test": len(labels),
+    "classes": len(classes),
+  }
+  if len(classes) > 5:
+    result["top5"] = percent(right.any(axis=1))
+  if len(classes) <= PER_CLASS:
+    result["per_class"] = {
+      str(label): percent(right[labels == label, 0])
+      for label in np.unique(labels)
+    }
+  return result
+
+
+def percent(right: np.ndarray) -> float:
+  """Share of what is true, in percent."""
+  return round(100 * float(np.mean(right)), 3)

@@ -1,0 +1,237 @@
+import io
+import os
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow as tf
+
+from jepa_jax.data import folder, records, sources
+
+
+def save(path, value=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new("RGB", (9, 7), (value, 0, 0)).save(path)
+
+
+def test_folder_reads_every_image_below_it_in_sorted_order(tmp_path):
+  names = ["b.png", "a/2.JPG", "a/1.jpeg", "c/d/e.bmp"]
+  for name in names:
+    save(tmp_path / name)
+  (tmp_path / "a/notes.txt").write_text("no image")
+  source = folder.FolderSource(str(tmp_path))
+  assert len(source) == 4
+  assert [source.name(i) for i in range(4)] == [
+    str(tmp_path / name) for name in sorted(names)
+  ]
+  for i, data in enumerate(source.images(source.read(np.arange(4)))):
+    assert Image.open(io.BytesIO(data)).size == (9, 7), i
+  assert source.features(tf.constant(b""), tf.constant(0)) == {}
+
+
+def test_folders_of_a_folder_are_its_classes(tmp_path):
+  for name in ("cat/x.png", "dog/b/y.png", "dog/z.png", "ant/w.png"):
+    save(tmp_path / name)
+  source = folder.FolderSource(str(tmp_path))
+  assert source.classes == ["ant", "cat", "dog"]
+  labels = [
+    int(source.features(tf.constant(b""), tf.constant(i))["label"])
+    for i in range(4)
+  ]
+  assert labels == [0, 1, 2, 2]
+
+
+def test_names_are_in_the_order_of_whole_paths(tmp_path):
+  names = ["a/2.png", "a-b/1.png", "a/10.png", "b/c.d/1.png", "b/c/1.png"]
+  names += ["b/c-/1.png", "b/c.png", "ü/é.png"]
+  for name in names:
+    save(tmp_path / name)
+  source = folder.FolderSource(str(tmp_path))
+  found = [source.name(i) for i in range(len(source))]
+  assert found == [str(tmp_path / name) for name in sorted(names)]
+  assert source.classes == ["a", "a-b", "b", "ü"]
+  for i, name in enumerate(sorted(names)):
+    label = source.features(tf.constant(b""), tf.constant(i))["label"]
+    assert source.classes[int(label)] == name.split("/")[0]
+
+
+def test_a_file_that_went_away_reads_as_empty(tmp_path):
+  save(tmp_path / "a.png")
+  source = folder.FolderSource(str(tmp_path))
+  (tmp_path / "a.png").unlink()
+  assert source.read(np.asarray([0])) == [b""]
+
+
+def test_no_folder_and_an_empty_folder_are_errors(tmp_path):
+  with pytest.raises(ValueError, match="no folder .*data.name"):
+    folder.FolderSource(str(tmp_path / "nowhere"))
+  (tmp_path / "notes.txt").write_text("no image")
+  with pytest.raises(ValueError, match="no image below"):
+    folder.FolderSource(str(tmp_path))
+
+
+def test_a_long_listing_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(records, "_CACHE_SECONDS", 0.0)
+  root = tmp_path / "images"
+  for name in ("a/x.png", "b/c/y.png"):
+    save(root / name)
+  wanted = [str(root / name) for name in ("a/x.png", "b/c/y.png")]
+  calls = []
+  list_folder = folder._list_folder
+  monkeypatch.setattr(
+    folder,
+    "_list_folder",
+    lambda path: calls.append(path) or list_folder(path),
+  )
+
+  def names():
+    source = folder.FolderSource(str(root))
+    assert source.classes == ["a", "b"]
+    return [source.name(i) for i in range(len(source))]
+
+  assert names() == names() == wanted
+  assert len(calls) == 1
+  save(root / "b/c/z.png")
+  os.utime(root / "b/c", ns=(1, 1))  # however coarse the clock is
+  assert names() == [*wanted, str(root / "b/c/z.png")]
+  (root / "a/x.png").unlink()
+  save(root / "a/v.png")
+  os.utime(root / "a", ns=(2, 2))
+  assert names()[0] == str(root / "a/v.png")
+  assert len(calls) == 3
+
+
+def test_a_link_to_a_folder_above_does_not_loop(tmp_path):
+  save(tmp_path / "a/x.png")
+  (tmp_path / "a/up").symlink_to(tmp_path)
+  source = folder.FolderSource(str(tmp_path))
+  assert len(source) == 1
+
+
+# --- splits -----------------------------------------------------------------
+
+
+def names_of(root, split="all"):
+  source = folder.FolderSource(str(root), split)
+  names = [source.name(i) for i in range(len(source))]
+  return [name.removeprefix(f"{root}/") for name in names]
+
+
+def test_folders_of_splits_are_splits_and_below_them_are_classes(tmp_path):
+  names = ["test/ant/a.png", "test/cat/b.png", "train/cat/c.png"]
+  names += ["train/dog/x/d.png", "train/dog/e.png", "val/dog/f.png"]
+  for name in [*names, "stray.png"]:
+    save(tmp_path / name)
+  assert names_of(tmp_path, "test") == names[:2]
+  assert names_of(tmp_path, "train") == [names[2], names[4], names[3]]
+  assert names_of(tmp_path, "val+test") == [*names[:2], names[5]]
+  assert len(names_of(tmp_path)) == 6  # a stray one is in no split
+  for split, labels in (("train", [1, 2, 2]), ("test", [0, 1]), ("val", [2])):
+    source = folder.FolderSource(str(tmp_path), split)
+    assert source.class_names("label") == ["ant", "cat", "dog"]
+    found = [
+      int(source.features(tf.constant(b""), tf.constant(i))["label"])
+      for i in range(len(source))
+    ]
+    assert found == labels
+
+
+def test_a_split_without_classes_has_no_labels(tmp_path):
+  for name in ("train/a/x.png", "train/b/y.png", "test/z.png"):
+    save(tmp_path / name)
+  source = folder.FolderSource(str(tmp_path), "test")
+  assert source.class_names("label") is None
+  assert source.features(tf.constant(b""), tf.constant(0)) == {}
+  assert folder.FolderSource(str(tmp_path), "train").classes == ["a", "b"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  for name in ("car/x.png", "train/y.png"):
+    save(tmp_path / name)
+  assert folder.FolderSource(str(tmp_path)).classes == ["car", "train"]
+
+
+def many(root, count=400):
+  for i in range(count):
+    path = root / f"class{i % 2}/{i:03}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  return root
+
+
+def test_a_tenth_is_held_out_and_stays_so_as_images_come_and_go(tmp_path):
+  many(tmp_path)
+  test, train = names_of(tmp_path, "test"), names_of(tmp_path, "train")
+  assert sorted(test + train) == names_of(tmp_path)
+  assert 25 < len(test) < 55
+  for number in range(2):  # of both classes, which lie one after the other
+    assert sum(f"class{number}" in name for name in test) > 8
+  (tmp_path / train[0]).unlink()
+  (tmp_path / "class1/new.png").touch()
+  now = names_of(tmp_path, "test")
+  assert set(now) - {"class1/new.png"} == set(test)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_handful_of_images_has_both_splits(tmp_path, count):
+  for i in range(count):
+    (tmp_path / f"{i}.png").touch()
+  assert len(names_of(tmp_path, "train")) == max(1, count - 1)
+  if count == 1:
+    with pytest.raises(ValueError, match="holds no image"):
+      names_of(tmp_path, "test")
+  else:
+    assert len(names_of(tmp_path, "test")) == 1
+
+
+def test_slices_share_the_images_out_whatever_their_class(tmp_path):
+  many(tmp_path)
+  train = names_of(tmp_path, "train")
+  first = names_of(tmp_path, "train[:25%]")
+  rest = names_of(tmp_path, "train[25%:]")
+  assert sorted(first + rest) == train
+  assert len(first) == round(len(train) / 4)
+  assert 25 < sum("class0" in name for name in first) < 65
+  assert first == sorted(first)
+  assert len(names_of(tmp_path, "train[:30]+test[:2]")) == 32
+
+
+@pytest.mark.parametrize(
+  "split", ["valid", "train[:1", "train[:9999]", "all[:9%]"]
+)
+def test_a_split_that_is_not_there_is_named_in_one_line(tmp_path, split):
+  many(tmp_path, 5)
+  with pytest.raises(ValueError) as error:
+    names_of(tmp_path, split)
+  assert "it has: train, test, all, and slices" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_what_other_programs_leave_behind_is_no_image_and_no_class(tmp_path):
+  for name in (
+    "cat/x.png",
+    "cat/._x.png",
+    ".ipynb_checkpoints/x.png",
+    "__MACOSX/cat/x.png",
+    "dog/.hidden/y.png",
+    "dog/y.png",
+  ):
+    save(tmp_path / name)
+  source = folder.FolderSource(str(tmp_path))
+  assert names_of(tmp_path) == ["cat/x.png", "dog/y.png"]
+  assert source.classes == ["cat", "dog"]
+
+
+def test_what_two_splits_share_is_counted_by_any_root(tmp_path):
+  for name in ("train/a/x.png", "train/a/y.png", "train/b.png", "test/z.png"):
+    save(tmp_path / name)
+  of = lambda root, split: folder.FolderSource(str(root), split)
+  train, test = of(tmp_path, "train"), of(tmp_path, "test")
+  assert sources.shared(train, test) == 0
+  assert sources.shared(train, of(tmp_path, "all")) == 3
+  assert sources.shared(train, of(tmp_path / "train/a", "all")) == 2
+  mixture = sources.Mixture([of(tmp_path / "test", "all"), train], [1, 1])
+  assert sources.shared(mixture, test) == 1
+  (tmp_path / "link").symlink_to(tmp_path / "test")
+  assert sources.shared(of(tmp_path / "link", "all"), test) == 1
