@@ -222,7 +222,6 @@ def jax_step(settings: dict[str, Any]) -> Callable[[], float]:
   config.data.source, config.data.name = "scenes", "scenes"
   config.batch_size = settings["batch_size"]
   config.accumulate_steps = settings["accumulate_steps"]
-  config.compute.parts = settings["parts"]
   config.total = "1000 steps"
   config.optimizer.warmup = "10 steps"
   config.masks.context_patches = settings["context"]
@@ -398,12 +397,6 @@ def parse_flags() -> argparse.ArgumentParser:
   sub.add_argument("--setting", choices=SETTINGS, default="a")
   sub.add_argument(
     "--accumulate_steps", type=int, default=1, help="of ours alone"
-  )
-  sub.add_argument(
-    "--parts",
-    type=int,
-    default=1,
-    help="of ours alone, config.compute.parts; for one XLA device",
   )
   sub = commands.choices["encode"]
   sub.add_argument("--size", choices=models.SIZES, default="b")

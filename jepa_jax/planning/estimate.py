@@ -202,8 +202,8 @@ def costs(
   are compiled without loops, one of them with more blocks for each network;
   what a block more costs, times the blocks, is taken for the depth of the
   config. Beside the encoder, a network's first and last blocks, where less is
-  computed, stay in the rest. Slices of an accumulated batch are taken to cost
-  the same, the optimizer included, which they share.
+  computed, stay in the rest. Microbatches are taken to cost the same, the
+  optimizer included, which they share.
 
   Args:
     config: see jepa_jax.config; a network whose section there, of the network's
