@@ -329,7 +329,10 @@ def test_what_one_process_finds_wrong_ends_all_with_a_line(file, tmp_path):
   flags += " --processes 2 --config.batch_size=7"
   code, _, errors = run(*flags.split())
   assert code == command.EXIT_BAD_INPUT
-  assert "ValueError: batch_size 7 in 1 slices is not a multiple of 8" in errors
+  assert (
+    "ValueError: batch_size 7 in 1 microbatches is not a multiple of 8"
+    in errors
+  )
   assert "process 0 could not do its part; its message says why." in errors
   assert "Check failure" not in errors and "Traceback" not in errors
   assert not (tmp_path / "run").exists()
