@@ -1,4 +1,4 @@
-"""Using an encoder: load it, encode images, predict, warm-start, export.
+"""Pretrained networks: load, encode images, predict features, export.
 
     model = jepa_jax.load("encoder.npz")         # or a run, or foreign weights
     features = model.encode(images)              # uint8 [B, H, W, C] -> [B, D]
@@ -32,9 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import convert, models
-from jepa_jax.convert import hugging_face, table
+from jepa_jax.convert import hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
-from jepa_jax.training import program as program_lib
 
 EXPORTED = "encoder.stablehlo"
 EXPORTED_WEIGHTS = "encoder.npz"
@@ -49,7 +48,7 @@ _CPU_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-  """What an encoder wants of its images.
+  """The normalisation of images that an encoder was trained with.
 
   Attributes:
     mean: a value a channel, on a scale of 0 to 1.
@@ -69,7 +68,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-  """Networks ready for use; unpacks to (module, params, preprocessing).
+  """Networks and their parameters; unpacks to (module, params, preprocessing).
 
   Attributes:
     module: the encoder.
@@ -106,13 +105,12 @@ class Pretrained:
     Args:
       images: [B, H, W, C], uint8, or float that is normalised already. All
         local devices share them where B is a multiple of their number.
-      which: "target" or "context"; None for the chosen one, which is the
-        target encoder where there is one.
-      layers: 1 for the last layer, n for the last n side by side, each
+      which: "target" or "context"; None for the one that was loaded as such.
+      layers: 1 for the last layer, n for the last n concatenated, each
         normalised; the paper's linear probes read 1 or 4.
       pool: "mean" over the patches, or None for all of them.
-      batch_size: images that go through at once; 0 for all. The last batch is
-        padded, so that nothing is compiled twice.
+      batch_size: images a forward pass; 0 for all. The last batch is padded,
+        so that nothing is compiled twice.
 
     Returns:
       float32 [B, layers * D], or [B, h, w, layers * D] without pooling.
@@ -148,21 +146,23 @@ class Pretrained:
     context_valid: Any | None = None,
     target_valid: Any | None = None,
   ) -> jax.Array:
-    """Predicts the target encoder's features of patches from others.
+    """Predicts the objective's targets of some patches from other patches.
+
+    I-JEPA's targets are the target encoder's features, after a LayerNorm
+    without parameters.
 
     Args:
       images: [B, H, W, C], as of encode.
       context_ids: [B, S, K] or [B, K], row-major indices of patches that the
         context encoder sees.
-      target_ids: [B, M, T] or [B, T], patches to predict; every block of T by
-        itself.
+      target_ids: [B, M, T] or [B, T], patches to predict; each of the M blocks
+        is predicted independently of the others.
       context_valid: as context_ids, bool, False for padding; or None.
       target_valid: as target_ids, bool, False for padding; or None.
 
     Returns:
-      float32 [B, S, M, T, D]; S or M is 1 where the axis was not given. Where
-      the prediction is right, it is near the target encoder's features after
-      a LayerNorm without parameters.
+      float32 [B, S, M, T, output width of the predictor]; S or M is 1 where
+      the axis was not given.
 
     Raises:
       ValueError: there is no predictor or no context encoder; wrong indices.
@@ -296,9 +296,10 @@ def load(
   Args:
     path: a run's workdir or workdir/checkpoints/STEP, or what jepa_jax.convert
       reads: *.npz, *.safetensors, *.pth.tar, a Hugging Face folder.
-    which: encoder to choose, "target" or "context"; None for the target
-      encoder, which the paper evaluates, or where there is none (published
-      Hugging Face weights) the context encoder, with a warning.
+    which: encoder to choose, "target" or "context"; None for the one that is
+      evaluated: the target encoder, or the context encoder where there is no
+      other: of a run without a moving average, and, with a warning, of
+      published Hugging Face weights and other files.
     dtype: of the computation, "float32" or "bfloat16". Parameters are float32.
     step: checkpoint of a run; None for the newest.
     num_heads: of a released checkpoint of no known size.
@@ -314,7 +315,9 @@ def load(
   weights = convert.read(path, num_heads=num_heads, step=step)
   if which is None:
     which = "target" if "target" in weights.networks else "context"
-    if which == "context" and not hugging_face.is_folder(pathlib.Path(path)):
+    source = pathlib.Path(path)
+    as_usual = runs.workdir_of(source) or hugging_face.is_folder(source)
+    if which == "context" and not as_usual:
       logging.warning("%s has no target encoder: using the context's", path)
   weights.only(which)  # ValueError where there is none
   compute = dict(dtype=jnp.dtype(dtype), scan=scan)
@@ -377,82 +380,3 @@ def _predict(
       {"params": params[1]}, context, context_ids, target_ids, grid,
       context_valid, target_valid,
   ).astype(jnp.float32)  # fmt: skip
-
-
-def warm_start(
-  state: program_lib.TrainState,
-  path: str | os.PathLike[str],
-  *,
-  which: str = "target",
-  strict: bool = True,
-) -> program_lib.TrainState:
-  """Starts training from weights instead of from random ones.
-
-  Args:
-    state: fresh; its optimizer and step stay as they are.
-    path: see load.
-    which: "target" or "context" puts that encoder in the place of the trained
-      encoder and of its moving average; "all" puts the context encoder, the
-      target encoder and the predictor in their own places.
-    strict: False leaves what the weights lack, or have in another shape, as it
-      is, and says so in the log.
-
-  Returns:
-    The state with those parameters, laid out as before.
-
-  Raises:
-    ValueError: the weights cannot be read, or in strict mode a network is
-      missing or has missing, extra or misshapen parameters: all are listed.
-  """
-  weights = convert.read(path, which)
-  sources = {"encoder": which, "target": which}
-  if which == "all":
-    sources = {"encoder": "context", "target": "target"}
-    sources["predictor"] = "predictor"
-  params, target = dict(state.params), dict(state.target_params)
-  problems = []
-  for place, source in sources.items():
-    tree, name = (target, "encoder") if place == "target" else (params, place)
-    if name not in tree:
-      continue  # an objective without moving average or predictor
-    if source not in weights.networks:
-      problems.append(f'{path} has no "{source}" network')
-      continue
-    new = _without_positions(weights, source)
-    tree[name], different = _replace(tree[name], new)
-    if different:
-      problems.append(f"{source}: {different}")
-  if problems and strict:
-    raise ValueError(
-      f"{path} does not fit the configured networks: {'; '.join(problems)}. "
-      "Change the config, or load the rest with init_strict=False."
-    )
-  for problem in problems:
-    logging.warning("warm start leaves as it was: %s", problem)
-  return state.replace(params=params, target_params=target)
-
-
-def _without_positions(weights: weights_lib.Weights, name: str) -> Any:
-  """Parameters, without positions that are all but the computed ones."""
-  params = dict(weights.networks[name])
-  if "positions" in params:
-    fixed = models.sincos_positions(weights.grid, weights.encoder["width"])
-    if np.abs(params["positions"] - fixed).max() <= 5e-3:
-      del params["positions"]
-  return params
-
-
-def _replace(old: Any, new: Any) -> tuple[Any, str]:
-  """Puts new leaves where they fit; returns the tree and what did not."""
-  flat = weights_lib.flatten("", new)
-  needed = weights_lib.flatten("", old)
-  shapes = lambda tree: {k[1:]: tuple(x.shape) for k, x in tree.items()}
-  leaves = [
-    # A copy: the train step overwrites its state.
-    jax.device_put(np.array(flat[key]), leaf.sharding)
-    if key in flat and flat[key].shape == leaf.shape
-    else leaf
-    for key, leaf in needed.items()
-  ]
-  different = table.missing_and_extra(shapes(flat), shapes(needed))
-  return jax.tree.unflatten(jax.tree.structure(old), leaves), different

@@ -147,9 +147,9 @@ def _first_state(program: Any, checkpoints: Any, workdir: pathlib.Path) -> Any:
     )
   state = program.init(config.seed)
   if config.init_from:
-    from jepa_jax import pretrained
+    from jepa_jax.convert import warm_start
 
-    state = pretrained.warm_start(
+    state = warm_start.warm_start(
       state,
       config.init_from,
       which=config.init_which,

@@ -15,6 +15,7 @@ import safetensors.numpy
 from jepa_jax import config as config_lib
 from jepa_jax import convert, models
 from jepa_jax.convert import __main__ as command_line
+from jepa_jax.convert import positions as positions_lib
 from jepa_jax.convert import table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.training import checkpoints, program, sharding
@@ -121,7 +122,7 @@ def test_an_export_is_plain_numpy(tmp_path):
 )
 def test_tables_name_every_parameter_once(rows, network):
   weights = make(network)
-  params = weights_lib.with_positions(weights, network)
+  params = positions_lib.with_positions(weights, network)
   paths = [f"{network}/{row.path}" for row in rows]
   assert sorted(paths) == sorted(weights_lib.flatten(network, params))
   keys = [key for key, _ in table.to_foreign(params, rows, 4)]
@@ -376,14 +377,14 @@ def test_positions_are_recomputed_unless_asked_otherwise(tmp_path):
 def test_bicubic_interpolation_keeps_what_it_has_to():
   positions = np.random.default_rng(0).normal(size=(15, 6)).astype(np.float32)
   np.testing.assert_allclose(
-    weights_lib.bicubic(positions, GRID, GRID), positions, atol=1e-6
+    positions_lib.bicubic(positions, GRID, GRID), positions, atol=1e-6
   )
-  flat = weights_lib.bicubic(np.ones((15, 2), np.float32), GRID, (7, 4))
+  flat = positions_lib.bicubic(np.ones((15, 2), np.float32), GRID, (7, 4))
   np.testing.assert_allclose(flat, np.ones((28, 2)), atol=1e-6)
   # The kernel at 1.75, 1.25, 0.75 and 0.25, from its formula.
   half = [-0.03515625, -0.10546875, 0.26171875, 0.87890625]
   point = np.eye(8, dtype=np.float32)[4][:, None]
-  twice = weights_lib.bicubic(point, (8, 1), (16, 1))[:, 0]
+  twice = positions_lib.bicubic(point, (8, 1), (16, 1))[:, 0]
   np.testing.assert_array_equal(twice[5:13], half + half[::-1])
 
 
@@ -649,7 +650,7 @@ def test_bicubic_interpolation_is_that_of_pytorch(new):
     align_corners=False,
   ).permute(0, 2, 3, 1)
   np.testing.assert_allclose(
-    weights_lib.bicubic(positions, GRID, new),
+    positions_lib.bicubic(positions, GRID, new),
     theirs.reshape(-1, 6).numpy(),
     atol=1e-5,
   )

@@ -1,24 +1,31 @@
 """The library: load, encode, predict, warm-start, bridge, export."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_convert import (
+  assert_same,
   make,
   one_device,
   tiny_config,
   workdir,  # noqa: F401, a fixture
 )
+from test_convert import (
+  run as run_command,
+)
 
 import jepa_jax
-from jepa_jax import convert, models, pretrained
-from jepa_jax.training import program
+from jepa_jax import convert, models, objectives, pretrained
+from jepa_jax.training import checkpoints, program
 
 GRID = (3, 5)
 
@@ -211,6 +218,164 @@ def test_a_run_loads_as_it_evaluates(workdir):  # noqa: F811
   ).mean(axis=1)
   np.testing.assert_allclose(model.encode(images), expected, atol=1e-5)
   assert model.predictor is not None
+
+
+# Runs of other objectives, of which nothing here knows the name.
+
+
+def train_steps(objective, folder):
+  """A run of two steps on random images: its program, state and images."""
+  config = tiny_config()
+  config.objective = objective
+  built = program.build(config, one_device())
+  rng = np.random.default_rng(0)
+  batch = {
+    name: jax.device_put(
+      np.ones(spec.shape, spec.dtype)
+      if spec.dtype == bool
+      else rng.integers(0, 36, spec.shape).astype(spec.dtype),
+      spec.sharding,
+    )
+    for name, spec in built.batch_spec.items()
+  }
+  state = built.init(5)
+  for _ in range(2):
+    state = built.step(state, batch)[0]
+  (folder / "config.json").write_text(json.dumps(config.to_dict()))
+  with checkpoints.Checkpoints(
+    folder / "checkpoints", config.checkpoint
+  ) as saved:
+    saved.save(state)
+  return built, state, rng.integers(0, 256, (3, 24, 24, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pixel_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pixels")
+  return folder, *train_steps("pixel_ijepa", folder)
+
+
+def test_a_run_that_averages_nothing_loads(pixel_run, caplog):
+  folder, built, state, images = pixel_run
+  model = jepa_jax.load(folder)
+  assert (model.which, set(model.networks)) == (
+    "context", {"context", "predictor"}
+  )  # fmt: skip
+  assert "no target encoder" not in caplog.text
+  networks = built.objective.networks
+  x = model.preprocessing(images)
+  expected = networks["encoder"].apply({"params": state.params["encoder"]}, x)
+  np.testing.assert_allclose(
+    model.encode(images), expected.mean(axis=1), atol=1e-5
+  )
+  context_ids, target_ids = np.arange(12).reshape(3, 4), np.arange(15, 21)
+  target_ids = np.stack([target_ids, target_ids + 3, target_ids + 9])
+  got = model.predict(images, context_ids, target_ids)
+  assert got.shape == (3, 1, 1, 6, 4 * 4 * 3)  # pixels of a patch
+  context_ids, target_ids = context_ids[:, None], target_ids[:, None]
+  context = networks["encoder"].apply(
+    {"params": state.params["encoder"]}, x, context_ids
+  )
+  expected = networks["predictor"].apply(
+      {"params": state.params["predictor"]},
+      context, context_ids, target_ids, (6, 6),
+  )  # fmt: skip
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_run_that_averages_nothing_converts(pixel_run, tmp_path):
+  folder, _, state, images = pixel_run
+  weights = convert.read(folder)
+  convert.write(weights, tmp_path / "all.npz")
+  back = convert.read(tmp_path / "all.npz")
+  assert_same(back, weights)
+  assert same(state.params["predictor"], back.networks["predictor"])
+  model = jepa_jax.load(tmp_path / "all.npz")
+  ids = np.zeros((3, 2), int)
+  np.testing.assert_array_equal(
+    model.predict(images, ids, ids + 1),
+    jepa_jax.load(folder).predict(images, ids, ids + 1),
+  )
+  # The default of the command is the encoder that is evaluated.
+  run_command(folder, tmp_path / "hugging_face")
+  assert_same(convert.read(tmp_path / "hugging_face"), weights.only("context"))
+  for name, message in (
+    ("p.pth.tar", "encoder's width 28, and this one's are of width 48"),
+    ("folder", "holds one encoder, and there are context, predictor"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      convert.write(weights, tmp_path / name)
+    assert not (tmp_path / name).exists()
+  with pytest.raises(ValueError, match='no "target".*there are: context'):
+    convert.read(folder, "target")
+
+
+def test_a_run_that_averages_nothing_starts_others(pixel_run, fresh):
+  folder, built, state, _ = pixel_run
+  own = jepa_jax.warm_start(built.init(1), folder, which="all", strict=True)
+  assert same(state.params["encoder"], own.params["encoder"])
+  assert same(state.params["predictor"], own.params["predictor"])
+  # Of an objective with a moving average, both encoders begin there.
+  warm = jepa_jax.warm_start(fresh[1], folder)
+  for part in (warm.params, warm.target_params):
+    assert same(state.params["encoder"], part["encoder"])
+  with pytest.raises(ValueError, match=r"project/kernel is \[12, 48\]"):
+    jepa_jax.warm_start(fresh[1], folder, which="all")
+
+
+def test_frozen_networks_and_those_of_no_known_kind(tmp_path):
+  built, state, images = train_steps("outside_objective:Outside", tmp_path)
+  model = jepa_jax.load(tmp_path)
+  assert set(model.networks) == {"context"}
+  expected = built.objective.networks["encoder"].apply(
+    {"params": state.network("encoder")}, model.preprocessing(images)
+  )
+  np.testing.assert_allclose(
+    model.encode(images), expected.mean(axis=1), atol=1e-5
+  )
+  frozen = state.replace(
+    params={"head": state.params["head"]},
+    frozen={"encoder": state.params["encoder"]},
+  )
+  folder = tmp_path / "frozen"
+  config = json.loads((tmp_path / "config.json").read_text())
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config))
+  with checkpoints.Checkpoints(
+    folder / "checkpoints", tiny_config().checkpoint
+  ) as saved:
+    saved.save(frozen)
+  np.testing.assert_array_equal(
+    jepa_jax.load(folder).encode(images), model.encode(images)
+  )
+  fresh = built.init(1)
+  fresh = fresh.replace(frozen={"encoder": fresh.params["encoder"]})
+  warm = jepa_jax.warm_start(fresh, folder)
+  assert same(state.params["encoder"], warm.frozen["encoder"])
+  config["objective"] = "test_library:Nothing"
+  (folder / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match='Nothing" has no network "encoder"'):
+    jepa_jax.load(folder)
+
+
+class Nothing(objectives.Objective):
+  """An objective without an encoder."""
+
+  networks: typing.ClassVar = {}
+
+  @classmethod
+  def from_config(cls, config, kernels=None):
+    return cls()
+
+
+def test_a_config_of_the_version_before_loads(workdir, tmp_path):  # noqa: F811
+  folder, _ = workdir
+  old = json.loads((folder / "config.json").read_text())
+  old["compute"].update(attention="own", parts=4)
+  del old["objective"]
+  shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  assert_same(convert.read(tmp_path), convert.read(folder))
 
 
 def test_the_bridge_to_nnx_runs(model, images):

@@ -8,6 +8,7 @@ jepa_jax.pretrained.
 """
 
 from jepa_jax.convert.formats import read, write
-from jepa_jax.convert.weights import Weights, resize
+from jepa_jax.convert.positions import resize
+from jepa_jax.convert.weights import Weights
 
 __all__ = ["Weights", "read", "resize", "write"]

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     "--which",
     choices=("target", "context", "all"),
     help="encoder to convert, or both and the predictor; default: target, "
-    "or what a Hugging Face folder holds",
+    "what a Hugging Face folder holds, or context of a run without average",
   )
   flags.add_argument(
     "--num_heads",
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument(
     "--prefix",
     default="",
-    help='of the keys of a released checkpoint; its training wants "module."',
+    help='of the keys of a released checkpoint; its training needs "module."',
   )
   return flags
 
@@ -86,15 +86,11 @@ def main(arguments: argparse.Namespace) -> int:
   import jax
 
   from jepa_jax import convert
-  from jepa_jax.convert import hugging_face
 
   source = pathlib.Path(arguments.source)
-  which = arguments.which
-  if which is None:
-    which = "all" if hugging_face.is_folder(source) else "target"
   weights = convert.read(
     source,
-    which,
+    arguments.which,
     num_heads=arguments.num_heads,
     predictor_heads=arguments.predictor_heads,
     step=arguments.step,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_jax.convert import table
+from jepa_jax.convert import positions, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
 
@@ -33,7 +33,8 @@ def readable(what: str) -> Iterator[None]:
 def to_foreign(
   weights: Weights, name: str, rows: tuple[table.Row, ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  params = weights_lib.with_positions(weights, name)
+  """The foreign arrays of a network, with its position embeddings."""
+  params = positions.with_positions(weights, name)
   return table.to_foreign(params, rows, weights.encoder["patch_size"])
 
 
@@ -61,16 +62,16 @@ def from_foreign(
   """
   problems = []
   for name, rows in tables.items():
-    # Zeros without memory, in the shapes that the settings ask for.
+    # Zeros without memory, in the shapes that the settings give.
     empty = _broadcast(weights_lib.abstract(found, name))
-    stand_in = Weights(
+    zeros = Weights(
       networks={name: empty},
       encoder=found.encoder,
       predictor=found.predictor,
       image_size=found.image_size,
       channels=found.channels,
     )
-    needed = {k: x.shape for k, x in to_foreign(stand_in, name, rows)}
+    needed = {k: x.shape for k, x in to_foreign(zeros, name, rows)}
     if text := table.missing_and_extra(shapes[name], needed):
       problems.append(labels[name] + text)
   if problems:
@@ -80,7 +81,7 @@ def from_foreign(
     found.networks[name] = table.from_foreign(
       open_source(name), rows, kind["depth"]
     )
-  return weights_lib.settle_positions(found)
+  return positions.settle_positions(found)
 
 
 def _broadcast(tree: Any) -> Any:

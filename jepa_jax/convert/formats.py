@@ -8,27 +8,24 @@ a folder                 of a run (config.json, checkpoints/), or a Hugging
                          Face IJepaModel (config.json, *.safetensors)
 """
 
-from collections.abc import Mapping
-import dataclasses
 import json
 import os
 import pathlib
 import tempfile
-from typing import Any
 
 from flax import traverse_util
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jepa_jax.convert import checked, hugging_face, released
+from jepa_jax.convert import checked, hugging_face, released, runs
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
 
 
 def read(
   path: str | os.PathLike[str],
-  which: str = "all",
+  which: str | None = "all",
   *,
   num_heads: int = 0,
   predictor_heads: int = 0,
@@ -38,9 +35,11 @@ def read(
 
   Args:
     path: file or folder; see above.
-    which: "target" or "context" for that encoder alone, "all" for everything
-      that is there. A Hugging Face folder has one encoder: the published ones
-      the *context* encoder, ours say which.
+    which: "target" or "context" for that encoder alone, "all" for all networks
+      that there are, None for the encoder that is evaluated: the target
+      encoder, or of a run without a moving average the context encoder. A
+      Hugging Face folder has one encoder: the published ones the *context*
+      encoder, ours say which; that is the one which None gives.
     num_heads: of the encoder, which a released checkpoint does not tell; 0
       takes it from the width and depth of models.SIZES.
     predictor_heads: of the predictor; 0 for as many as the encoder.
@@ -55,23 +54,25 @@ def read(
   """
   path = pathlib.Path(path)
   known = (*weights_lib.ENCODERS, "all")
-  if which not in known:
+  if which not in (None, *known):
     raise ValueError(f'unknown which "{which}"; known: {", ".join(known)}.')
   if not path.exists():
     raise ValueError(f"there is no file or folder {path}.")
   try:
-    if path.is_dir():
-      if _run_of(path):
-        found = _read_run(path, which, step)
-      else:
-        found = hugging_face.read(path, which)
+    if path.is_dir() and runs.workdir_of(path):
+      found = runs.read(path, which, step)
+      which = which or "all"
+    elif path.is_dir():
+      which = which or "all"
+      found = hugging_face.read(path, which)
     elif path.name.endswith(released.SUFFIXES):
+      which = which or "target"
       found = released.read(path, which, num_heads, predictor_heads)
     elif path.suffix in (".npz", ".safetensors"):
       found = _read_export(path)
     else:
       raise ValueError(_unknown_format(path))
-    return found.only(which)
+    return found.only(which or "target")
   except ValueError as error:
     if str(path) in str(error):
       raise
@@ -135,7 +136,7 @@ def _read_export(path: pathlib.Path) -> Weights:
       with safetensors.safe_open(path, framework="numpy") as file:
         text = (file.metadata() or {}).get("config", "")
         arrays = (
-          {key: file.get_tensor(key) for key in file.keys()} if (text) else {}
+          {key: file.get_tensor(key) for key in file.keys()} if text else {}
         )
   if not text:
     raise ValueError(
@@ -167,77 +168,3 @@ def _write_export(weights: Weights, path: pathlib.Path) -> None:
     np.savez(path, config=np.array(weights.describe()), **arrays)
   else:
     safetensors.numpy.save_file(arrays, path, {"config": weights.describe()})
-
-
-# Runs.
-
-
-def _run_of(path: pathlib.Path) -> pathlib.Path | None:
-  """The workdir of a path: itself, or of workdir/checkpoints/STEP."""
-  if (path / "checkpoints").is_dir():
-    return path
-  if path.parent.name == "checkpoints":
-    return path.parent.parent
-  return None
-
-
-def _read_run(path: pathlib.Path, which: str, step: int | None) -> Weights:
-  import orbax.checkpoint as ocp
-
-  workdir = _run_of(path)
-  config = workdir / "config.json"
-  if not config.is_file():
-    raise ValueError(f"there is no {config}")
-  with checked.readable("a run's config.json"):
-    found = weights_lib.from_config(json.loads(config.read_text()))
-  # A checkpoint that is not whole yet has a longer name.
-  steps = sorted(
-    int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
-  )
-  if path != workdir:
-    step = int(path.name) if path.name.isdigit() else -1
-  if not steps or step not in (None, *steps):
-    raise ValueError(
-      f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
-      f"there are: {', '.join(map(str, steps)) or 'none'}"
-    )
-  state = workdir / "checkpoints" / str(steps[-1] if step is None else step)
-  state = state.resolve() / "state"
-  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as reader:
-    saved = reader.metadata(state).item_metadata.tree
-    places = {
-      "target": ("target_params", "encoder"),
-      "context": ("params", "encoder"),
-      "predictor": ("params", "predictor"),
-    }
-    places = {
-      name: (part, network)
-      for name, (part, network) in places.items()
-      if network in (saved.get(part) or {}) and which in ("all", name)
-    }
-    # Only what is asked for is read: the moments stay where they are.
-    item: dict[str, Any] = {}
-    for part, network in places.values():
-      item.setdefault(part, {})[network] = saved[part][network]
-    read_as = ocp.RestoreArgs(restore_type=np.ndarray)
-    restored = reader.restore(
-      state,
-      args=ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=_map_leaves(item, read_as),
-        partial_restore=True,
-      ),
-    )
-  for name, (part, network) in places.items():
-    found.networks[name] = restored[part][network]
-  if "predictor" not in places:
-    found = dataclasses.replace(found, predictor=None)
-  if problems := found.problems():
-    raise ValueError(problems)
-  return found
-
-
-def _map_leaves(tree: Any, value: Any) -> Any:
-  if isinstance(tree, Mapping):
-    return {key: _map_leaves(child, value) for key, child in tree.items()}
-  return value

@@ -86,7 +86,7 @@ def read(folder: pathlib.Path, which: str) -> Weights:
 
 
 class _Slices(Mapping[str, np.ndarray]):
-  """Arrays that are read when they are asked for."""
+  """Arrays that are read on access."""
 
   def __init__(self, files: Mapping[str, Any]):
     self._files = files
@@ -133,9 +133,9 @@ def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:
 
 
 def write(weights: Weights, folder: pathlib.Path) -> None:
-  """Makes a folder that transformers loads; ValueError for two encoders."""
-  names = [n for n in weights_lib.ENCODERS if n in weights.networks]
-  if len(names) != 1:
+  """Makes a folder that transformers loads; ValueError unless one encoder."""
+  names = list(weights.networks)
+  if len(names) != 1 or names == ["predictor"]:
     raise ValueError(
       f"a Hugging Face folder holds one encoder, and there are "
       f"{', '.join(names)}; choose one with --which."

@@ -46,7 +46,7 @@ def _import_torch() -> Any:
 
 
 class _Tensors(Mapping[str, np.ndarray]):
-  """Tensors that become float32 arrays when they are asked for."""
+  """Tensors that become float32 arrays on access."""
 
   def __init__(self, tensors: Mapping[str, Any]):
     # Data-parallel training prefixes every key.
@@ -75,7 +75,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 def _load_torch(path: pathlib.Path) -> dict[str, Any]:
   torch = _import_torch()
   try:
-    # Mapped, so that what is not asked for (the optimizer) costs no memory.
+    # Mapped, so that what is not read (the optimizer) costs no memory.
     with torch.serialization.safe_globals(_SCALARS):
       return torch.load(
         path,
@@ -107,10 +107,10 @@ def read(
   """
   checkpoint = _load_torch(path)
   keys = checkpoint.keys() if isinstance(checkpoint, Mapping) else ()
-  wanted = _NETWORKS if which == "all" else (which,)
+  names = _NETWORKS if which == "all" else (which,)
   shapes = {
     name: _Tensors(checkpoint[_NETWORKS[name]]).shapes()
-    for name in wanted
+    for name in names
     if _NETWORKS[name] in keys
     and isinstance(checkpoint[_NETWORKS[name]], Mapping)
   }
@@ -139,6 +139,14 @@ def read(
 
 def write(weights: Weights, path: pathlib.Path, prefix: str) -> None:
   """Saves all networks there are; prefix stands before every key."""
+  if "predictor" in weights.networks:
+    width, output = weights.encoder["width"], weights.output_width
+    if output != width:
+      raise ValueError(
+        f"a released checkpoint's predictor has outputs of the encoder's "
+        f"width {width}, and this one's are of width {output}; choose an "
+        "encoder with --which, or write .npz or .safetensors."
+      )
   torch = _import_torch()
   checkpoint = {}
   for name in weights.networks:

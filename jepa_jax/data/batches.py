@@ -15,7 +15,7 @@ from jepa_jax.data import augment, decode, sources
 
 # AutoGraph has nothing to convert here, and takes its time to find out.
 plain = tf.autograph.experimental.do_not_convert
-_CONSUMED = ("encoded", "box", "turn", "record", "color")  # by decoding
+_CONSUMED = ("encoded", "box", "flips", "record", "color")  # by decoding
 
 
 def decoded(
@@ -31,7 +31,7 @@ def decoded(
 
   Args:
     steps: int64 scalars.
-    plan: step -> (encoded, box, turn, index, *what `spec` names), of a batch.
+    plan: step -> (encoded, box, flips, index, *what `spec` names), of a batch.
     spec: names and types of what plan gives besides.
     source: where the images come from.
     config: config.data.
@@ -45,7 +45,7 @@ def decoded(
   spec = {
     "encoded": tf.TensorSpec([size], tf.string),
     "box": tf.TensorSpec([size, 4], tf.int32),
-    "turn": tf.TensorSpec([size, 3], tf.bool),
+    "flips": tf.TensorSpec([size, 3], tf.bool),
     "index": tf.TensorSpec([size], tf.int64),
     **spec,
   }
@@ -68,7 +68,7 @@ def decoded(
     image = decode.decode_crop(
       x["encoded"],
       x["box"],
-      x["turn"],
+      x["flips"],
       image_size=config.image_size,
       channels=config.channels,
       encoding=source.encoding,

@@ -1,0 +1,121 @@
+"""Reads the networks of a run: config.json and checkpoints/.
+
+Which there are follows from the objective's contract (see
+jepa_jax.objectives): the "target" encoder is the moving average, the "context"
+encoder the trained one, or a frozen one. A run that averages nothing has no
+target encoder.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jepa_jax import config as config_lib
+from jepa_jax.convert import checked
+from jepa_jax.convert import weights as weights_lib
+from jepa_jax.convert.weights import Weights
+
+# Network of Weights -> that of the objective, and where its parameters may be.
+_PLACES = {
+  "target": ("encoder", ("target_params",)),
+  "context": ("encoder", ("params", "frozen")),
+  "predictor": ("predictor", ("params", "target_params", "frozen")),
+}
+
+
+def workdir_of(path: pathlib.Path) -> pathlib.Path | None:
+  """The workdir of a path: itself, or of workdir/checkpoints/STEP."""
+  if (path / "checkpoints").is_dir():
+    return path
+  if path.parent.name == "checkpoints":
+    return path.parent.parent
+  return None
+
+
+def read(path: pathlib.Path, which: str | None, step: int | None) -> Weights:
+  """Loads networks of a checkpoint; the arguments are those of convert.read.
+
+  Raises:
+    ValueError: no such checkpoint, or the networks are not whole.
+  """
+  import orbax.checkpoint as ocp
+
+  workdir = workdir_of(path)
+  config = workdir / "config.json"
+  if not config.is_file():
+    raise ValueError(f"there is no {config}")
+  found = weights_lib.from_config(config_lib.read(config))
+  checkpoint = _checkpoint(path, workdir, step)
+  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(checkpoint).item_metadata.tree
+    places = _find(saved, which)
+    if found.predictor is None:
+      places.pop("predictor", None)
+    # Only these networks are read: the optimizer's moments stay on disk.
+    item: dict[str, Any] = {}
+    for part, network in places.values():
+      item.setdefault(part, {})[network] = saved[part][network]
+    read_as = ocp.RestoreArgs(restore_type=np.ndarray)
+    restored = reader.restore(
+      checkpoint,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=_map_leaves(item, read_as),
+        partial_restore=True,
+      ),
+    )
+  for name, (part, network) in places.items():
+    found.networks[name] = restored[part][network]
+  if "predictor" not in places:
+    found = dataclasses.replace(found, predictor=None)
+  if problems := found.problems():
+    raise ValueError(problems)
+  return found
+
+
+def _checkpoint(
+  path: pathlib.Path, workdir: pathlib.Path, step: int | None
+) -> pathlib.Path:
+  """The folder of a step's state, of the newest where step is None."""
+  # A checkpoint that is not whole yet has a longer name.
+  steps = sorted(
+    int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+  )
+  if path != workdir:
+    step = int(path.name) if path.name.isdigit() else -1
+  if not steps or step not in (None, *steps):
+    raise ValueError(
+      f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
+      f"there are: {', '.join(map(str, steps)) or 'none'}"
+    )
+  step = steps[-1] if step is None else step
+  return (workdir / "checkpoints" / str(step) / "state").resolve()
+
+
+def _find(
+  saved: Mapping[str, Any], which: str | None
+) -> dict[str, tuple[str, str]]:
+  """Network of Weights -> (part of the state, network of the objective)."""
+  places = {}
+  for name, (network, parts) in _PLACES.items():
+    for part in parts:
+      if network in (saved.get(part) or {}):
+        places.setdefault(name, (part, network))
+  if which is None:
+    which = "target" if "target" in places else "context"
+  if which == "all":
+    return places
+  if which not in places:
+    raise ValueError(
+      f'there is no "{which}" encoder; there are: {", ".join(places)}.'
+    )
+  return {which: places[which]}
+
+
+def _map_leaves(tree: Any, value: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {key: _map_leaves(child, value) for key, child in tree.items()}
+  return value

@@ -1,0 +1,102 @@
+"""Starts training from weights instead of from random numbers."""
+
+import os
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+
+from jepa_jax import models
+from jepa_jax.convert import formats, positions, table
+from jepa_jax.convert import weights as weights_lib
+from jepa_jax.training import program as program_lib
+
+
+def warm_start(
+  state: program_lib.TrainState,
+  path: str | os.PathLike[str],
+  *,
+  which: str | None = None,
+  strict: bool = True,
+) -> program_lib.TrainState:
+  """Puts weights in the place of a state's random ones.
+
+  Args:
+    state: fresh; its optimizer and step stay as they are.
+    path: see jepa_jax.load.
+    which: "target" or "context" puts that encoder wherever the state has one:
+      trained, averaged or frozen; None takes the encoder that is evaluated.
+      "all" puts the context encoder, the target encoder and the predictor in
+      their own places.
+    strict: False leaves what the weights lack, or have in another shape, as it
+      is, and says so in the log.
+
+  Returns:
+    The state with those parameters, laid out as before.
+
+  Raises:
+    ValueError: the weights cannot be read, or in strict mode a network is
+      missing or has missing, extra or misshapen parameters: all are listed.
+  """
+  weights = formats.read(path, which)
+  if which is None:
+    (which,) = weights.networks
+  parts = {
+    part: dict(getattr(state, part))
+    for part in ("params", "target_params", "frozen")
+  }
+  problems = []
+  for part, networks in parts.items():
+    for name, old in networks.items():
+      if (source := _source(part, name, which)) is None:
+        continue
+      if source not in weights.networks:
+        problems.append(f'{path} has no "{source}" network')
+        continue
+      networks[name], different = _replace(old, _without_fixed(weights, source))
+      if different:
+        problems.append(f"{source}: {different}")
+  if problems and strict:
+    raise ValueError(
+      f"{path} does not fit the configured networks: {'; '.join(problems)}. "
+      "Change the config, or load the rest with init_strict=False."
+    )
+  for problem in problems:
+    logging.warning("warm start leaves as it was: %s", problem)
+  return state.replace(**parts)
+
+
+def _source(part: str, name: str, which: str) -> str | None:
+  """The network of the weights for one of the state; None: it stays."""
+  if name == "encoder":
+    if which != "all":
+      return which
+    return "context" if part == "params" else "target"
+  return "predictor" if (name, which) == ("predictor", "all") else None
+
+
+def _without_fixed(weights: weights_lib.Weights, name: str) -> Any:
+  """Parameters, without positions that are all but the computed ones."""
+  params = dict(weights.networks[name])
+  if "positions" in params:
+    fixed = models.sincos_positions(weights.grid, weights.encoder["width"])
+    if np.abs(params["positions"] - fixed).max() <= positions.HALF_PRECISION:
+      del params["positions"]
+  return params
+
+
+def _replace(old: Any, new: Any) -> tuple[Any, str]:
+  """Puts new leaves where they fit; returns the tree and what did not."""
+  flat = weights_lib.flatten("", new)
+  needed = weights_lib.flatten("", old)
+  shapes = lambda tree: {k[1:]: tuple(x.shape) for k, x in tree.items()}
+  leaves = [
+    # A copy: the train step overwrites its state.
+    jax.device_put(np.array(flat[key]), leaf.sharding)
+    if key in flat and flat[key].shape == leaf.shape
+    else leaf
+    for key, leaf in needed.items()
+  ]
+  different = table.missing_and_extra(shapes(flat), shapes(needed))
+  return jax.tree.unflatten(jax.tree.structure(old), leaves), different
