@@ -242,12 +242,14 @@ class Duration:
       ) from None
 
   def steps(self, batch_size: int, num_examples: int) -> int:
-    """The whole steps in it, for that batch and size of an epoch."""
-    if self.unit == "steps":
-      return math.floor(self.amount)
-    if self.unit == "epochs":
-      return math.floor(self.amount * num_examples / batch_size)
-    return math.floor(self.amount / batch_size)
+    """The whole steps in it, for that batch and size of an epoch.
+
+    At least one of what is longer than nothing, for an epoch may be shorter
+    than a batch.
+    """
+    examples = {"steps": batch_size, "epochs": num_examples, "examples": 1}
+    steps = math.floor(self.amount * examples[self.unit] / batch_size)
+    return max(steps, 1) if self.amount else 0
 
 
 def steps(config: ml_collections.ConfigDict, key: str) -> int:

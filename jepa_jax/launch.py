@@ -55,7 +55,7 @@ def processes(arguments: argparse.Namespace) -> int:
     for child in children:
       child.send_signal(number)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
+  for number in distributed.end_signals():
     signal.signal(number, pass_on)
   deadline = math.inf
   while any(child.poll() is None for child in children):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import test_program
 
 from jepa_jax.planning import estimate
 
@@ -55,7 +56,29 @@ def run_plan(tmp_path, *flags, **variables):
   )
 
 
-@pytest.mark.parametrize("attention", ["own", "pallas"])
+@pytest.mark.parametrize("objective", ["pixel_ijepa", test_program.OUTSIDE])
+def test_every_objective_is_planned_with_all_that_its_state_holds(
+  tmp_path, objective
+):
+  flags = ["--topology", "v5e:2x2", "--json"]
+  flags += [f"--config.objective={objective}"]
+  paths = os.pathsep.join(p for p in ["tests", *sys.path] if p)
+  done = run_plan(tmp_path, *flags, PYTHONPATH=paths)
+  assert done.returncode == 0, done.stderr
+  (row,) = json.loads(done.stdout)
+  assert row["fits"] and row["bound_seconds"] > 0
+  outside = objective == test_program.OUTSIDE
+  assert (row["flops_ratio"] is None) == outside
+  assert outside or 1 < row["flops_ratio"] < 1.3
+  # Parameters and two moments of what is trained, and once what is frozen; a
+  # chip has a quarter of each, and little beside.
+  encoder = 4 * (3 * 12 * 512**2 + 3 * 64 * 512)
+  predictor = 4 * (4 * 12 * 256**2 + 512 * 256 + 3 * 64 * 256)
+  state = (3 + 1) * encoder if outside else 3 * (encoder + predictor)
+  assert row["argument_bytes"] == pytest.approx(state / 4, rel=0.1)
+
+
+@pytest.mark.parametrize("attention", ["xla", "pallas"])
 def test_weights_travel_once_a_pass_in_bfloat16_and_nothing_else(
   tmp_path, attention
 ):

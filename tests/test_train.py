@@ -15,7 +15,7 @@ from jepa_jax import command, evaluate, train
 from jepa_jax import config as config_lib
 from jepa_jax.objectives import ijepa
 from jepa_jax.planning import chips
-from jepa_jax.training import checkpoints, log, sharding
+from jepa_jax.training import checkpoints, distributed, log, sharding
 from jepa_jax.training import program as program_lib
 
 
@@ -438,6 +438,40 @@ def test_sigterm_saves_and_exits_with_its_own_code(scenes_dir, tmp_path):
   assert "stopped and saved at step" in errors
   with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
     assert saved.steps()[-1] >= 3
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_every_signal_to_end_stops_after_the_step(name):
+  with distributed.Stopper() as stopper:
+    assert not stopper.check(1)
+    signal.raise_signal(getattr(signal, name))
+    assert stopper.check(2)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+  try:
+    with distributed.Stopper() as stopper:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stopper.check(1)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+  "text, steps",
+  [
+    ("1 epochs", 1),  # 36 images, a quarter of a batch
+    ("10 epochs", 2),
+    ("7 steps", 7),
+    ("1000 examples", 7),
+    ("1 examples", 1),
+    ("0 epochs", 0),
+  ],
+)
+def test_what_is_longer_than_nothing_is_at_least_a_step(text, steps):
+  duration = config_lib.Duration.parse(text, "total")
+  assert duration.steps(batch_size=136, num_examples=36) == steps
 
 
 def run_command(*arguments):

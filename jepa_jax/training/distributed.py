@@ -283,8 +283,21 @@ def gather(rows: Any, sharding: Any) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+
+
+def end_signals() -> set[signal.Signals]:
+  """Signals that end a run: those of the platform that are not ignored."""
+  numbers = {getattr(signal, name, None) for name in _SIGNALS} - {None}
+  return {n for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+
+
 class Stopper:
-  """Notes SIGTERM and SIGINT, so that all processes stop after one step.
+  """Notes a signal to end, so that all processes stop after one step.
+
+  SIGTERM and SIGINT, and SIGUSR1 and SIGHUP, which schedulers and terminals
+  send before they take the machine away; not those that are ignored already,
+  as under nohup.
 
   Attributes:
     stopped: whether the loop is to end.
@@ -295,14 +308,12 @@ class Stopper:
 
   def __enter__(self) -> "Stopper":
     self._active = active()
-    handlers = {
-      signal.SIGINT: self._pass_on if self._active else self._stop,
-      signal.SIGTERM: self._stop,
-    }
+    numbers = end_signals()
     if self._active:
       # JAX has taken SIGTERM, to tell the other processes of it.
-      del handlers[signal.SIGTERM]
-    self._old = {n: signal.signal(n, f) for n, f in handlers.items()}
+      numbers.discard(signal.SIGTERM)
+    handler = self._pass_on if self._active else self._stop
+    self._old = {number: signal.signal(number, handler) for number in numbers}
     return self
 
   def __exit__(self, *unused: Any) -> None:
