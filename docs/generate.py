@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULES = (
   "jepa_jax.pretrained",
   "jepa_jax.convert",
+  "jepa_jax.convert.warm_start",
   "jepa_jax.models",
   "jepa_jax.masks",
   "jepa_jax.masks.interface",
