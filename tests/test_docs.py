@@ -126,7 +126,7 @@ def commands(text):
     words = []
     for word in [*lexer, ";"]:
       if set(word) <= set(";|&"):
-        while words and re.match(r"[A-Z_]+=|\{$|export$", words[0]):
+        while words and re.match(r"[A-Z_]+=|[{}]$|export$", words[0]):
           words.pop(0)
         if words:
           yield words
