@@ -210,6 +210,9 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     if compute.get("attention") == "own":
       compute["attention"] = "xla"
     compute.pop("parts", None)  # changed no result
+    data = stored.get("data", {})
+    if data.get("source") == "folder" and "label" not in data:
+      data["split"] = "all"  # a folder had no splits
     stored = restore(stored)
   except (AttributeError, ValueError) as error:
     raise ValueError(f"{path} cannot be read: {error}.") from None

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 
 import numpy as np
@@ -6,6 +7,7 @@ from PIL import Image
 import pytest
 import tensorflow as tf
 
+from jepa_jax import config
 from jepa_jax.data import folder, records, sources
 
 
@@ -235,3 +237,14 @@ def test_what_two_splits_share_is_counted_by_any_root(tmp_path):
   assert sources.shared(mixture, test) == 1
   (tmp_path / "link").symlink_to(tmp_path / "test")
   assert sources.shared(of(tmp_path / "link", "all"), test) == 1
+
+
+def test_a_run_of_before_folders_had_splits_had_all_images(tmp_path):
+  data = {"source": "folder", "name": "/photos", "split": "train"}
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps({"data": data}))
+  assert config.read(path).data.split == "all"
+  path.write_text(json.dumps({"data": data | {"label": ""}}))
+  assert config.read(path).data.split == "train"
+  path.write_text(json.dumps({"data": data | {"source": "tfds"}}))
+  assert config.read(path).data.split == "train"
