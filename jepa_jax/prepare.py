@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import os
 import types
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -66,7 +67,7 @@ class Summary:
 
 
 def verify(source: sources.Source, *, decode_all: bool = False) -> Summary:
-  """Reads every image's header, and decodes it if asked to.
+  """Reads every image's header, and with decode_all the whole image.
 
   Args:
     source: what to verify.
@@ -108,6 +109,16 @@ def download(name: str, data_dir: str) -> None:
     raise ValueError(str(error)) from None
 
 
+def _splits(config: Any) -> list[str]:
+  """Splits that together hold every image of a source once."""
+  if config.source == "tfds":
+    builder = sources.find_builder(config.name, config.data_dir)
+    return list(builder.info.splits)
+  return {"scenes": ["train", "test"], "folder": ["all"]}.get(
+    config.source, ["train"]
+  )
+
+
 def main(arguments: argparse.Namespace) -> int:
   config = types.SimpleNamespace(
     source=arguments.source,
@@ -123,14 +134,8 @@ def main(arguments: argparse.Namespace) -> int:
         f'--download is for TFDS; source "{config.source}" needs none'
       )
     download(config.name, config.data_dir)
-  splits = [arguments.split] if arguments.split else ["train"]
-  if config.source == "tfds" and not arguments.split:
-    builder = sources.find_builder(config.name, config.data_dir)
-    splits = list(builder.info.splits)
-  elif config.source == "scenes" and not arguments.split:
-    splits = ["train", "test"]
   bad = 0
-  for split in splits:
+  for split in [arguments.split] if arguments.split else _splits(config):
     source = sources.open_source(config, split)
     summary = verify(source, decode_all=arguments.decode)
     bad += len(summary.unreadable)

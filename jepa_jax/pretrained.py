@@ -4,7 +4,7 @@
     features = model.encode(images)              # uint8 [B, H, W, C] -> [B, D]
     maps = model.encode(images, pool=None)       # [B, h, w, D]
 
-or with the parts, which are plain Flax:
+or with the plain Flax module:
 
     module, params, preprocessing = jepa_jax.load("encoder.npz")
     patches = module.apply({"params": params}, preprocessing(images))
@@ -130,13 +130,13 @@ class Pretrained:
     size, count = batch_size or len(images), len(images)
     if size == count:
       return run(*self._spread(which, images))
-    parts = []
+    features = []
     for start in range(0, count, size):
-      part = images[start : start + size]
-      padding = [(0, size - len(part))] + [(0, 0)] * (images.ndim - 1)
-      batch = self._spread(which, np.pad(part, padding))
-      parts.append(run(*batch)[: len(part)])
-    return jnp.concatenate(parts)
+      batch = images[start : start + size]
+      padding = [(0, size - len(batch))] + [(0, 0)] * (images.ndim - 1)
+      padded = self._spread(which, np.pad(batch, padding))
+      features.append(run(*padded)[: len(batch)])
+    return jnp.concatenate(features)
 
   def predict(
     self,

@@ -32,13 +32,13 @@ def arguments(folder, **changes):
 
 
 def open_folder(folder):
-  return sources.open_source(arguments(folder, split="train"))
+  return sources.open_source(arguments(folder, split="all"))
 
 
 def test_counts_sizes_and_formats(folder, capsys):
   assert prepare.main(arguments(folder)) == 0
   printed = capsys.readouterr().out
-  assert "3 images" in printed
+  assert "all: 3 images" in printed, "those that tests are held out for, too"
   assert "1 JPEG, 2 PNG" in printed
   assert "height: 10 to 12 pixels, median 11" in printed
   assert "width: 20 to 26 pixels, median 23" in printed

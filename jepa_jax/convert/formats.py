@@ -37,9 +37,9 @@ def read(
     path: file or folder; see above.
     which: "target" or "context" for that encoder alone, "all" for all networks
       that there are, None for the encoder that is evaluated: the target
-      encoder, or of a run without a moving average the context encoder. A
-      Hugging Face folder has one encoder: the published ones the *context*
-      encoder, ours say which; that is the one which None gives.
+      encoder, or the context encoder of a run without a moving average. A
+      Hugging Face folder has one encoder, which None gives: the published ones
+      have the *context* encoder, ours name it.
     num_heads: of the encoder, which a released checkpoint does not tell; 0
       takes it from the width and depth of models.SIZES.
     predictor_heads: of the predictor; 0 for as many as the encoder.

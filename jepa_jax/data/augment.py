@@ -63,7 +63,7 @@ def random_crops(
     orientations: [B] EXIF orientation.
     seed: the run's seed.
     epoch: [B].
-    index: [B] number of each image in its source.
+    index: [B] index of each image in its source.
 
   Reference: Szegedy et al. 2014, section 6, arXiv:1409.4842, as torchvision's
     RandomResizedCrop does it.
@@ -143,7 +143,7 @@ def _stored(
 
 
 def distorts(config: Any) -> bool:
-  """Whether config.data asks for colour jitter or blur."""
+  """Whether config.data has colour jitter or blur."""
   return bool(config.color_jitter or config.blur)
 
 
@@ -161,7 +161,7 @@ def random_colors(
     config: config.data.
     seed: the run's seed.
     epoch: [B].
-    index: [B] number of each image in its source.
+    index: [B] index of each image in its source.
 
   Reflips:
     float32 [B, 6]: brightness, contrast, saturation, hue, grey, sigma.

@@ -127,7 +127,7 @@ def sample(
     step: scalar integer, decides what the sampler draws once a batch; or [B],
       as if every image were a batch of its own.
     epoch: [B] or scalar integer, the epoch of each image.
-    index: [B] integer, the number of each image in its source.
+    index: [B] integer, the index of each image in its source.
     xp: array namespace: `jax.numpy`, `numpy` or that of `data.tf_masks`.
 
   Returns:

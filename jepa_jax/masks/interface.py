@@ -106,8 +106,8 @@ class Draw:
 
   Attributes:
     context: bool [B, S, N], the patches that each context may use.
-    targets: (ids int32, valid bool), [B, M, T] each, where the sampler knows
-      T; otherwise bool [B, M, N], the patches of each target.
+    targets: (ids int32, valid bool), [B, M, T] each, where T is the
+      sampler's; otherwise bool [B, M, N], the patches of each target.
     order: int32 [B, S, N]; a random numbering from 0 of each context's patches,
       anything elsewhere; a context of more than K patches keeps the first K.
       None where the sampler draws no such order.
