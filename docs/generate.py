@@ -141,7 +141,7 @@ def config_page() -> str:
 def row(key: str, default: object, what: str) -> str:
   """A line of a table of keys."""
   shown = f"{default!r}".replace("|", "\\|")
-  what = what.replace("|", "\\|")
+  what = _sentence(what.replace("|", "\\|")).rstrip(".")
   return f"| `{key}` | `{shown}` | {what} |\n"
 
 
