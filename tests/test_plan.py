@@ -337,6 +337,26 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     estimate.devices_of("v5e:2x2")
 
 
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("TPU v4", "TPU v4"),
+    ("TPU v5 lite", "TPU v5e"),
+    ("TPU v5", "TPU v5p"),
+    ("TPU v6 lite", "TPU v6e"),
+    ("TPU7x", "TPU7x"),
+    ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+    ("NVIDIA H100 PCIe", "H100 PCIe"),
+    ("NVIDIA A100-SXM4-80GB", "A100"),
+    ("cpu", None),
+    ("NVIDIA L40", None),
+  ],
+)
+def test_chips_are_known_by_their_kind(kind, name):
+  chip = chips.find(type("Device", (), {"device_kind": kind}))
+  assert (chip and chip.name) == name
+
+
 def test_every_family_of_topologies_has_a_chip_with_its_figures():
   kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
   for family, kind in zip(estimate.TOPOLOGIES, kinds, strict=True):
