@@ -114,7 +114,7 @@ def defaults() -> ml_collections.ConfigDict:
   c.compute.remat = "none"
   c.compute.remat_every = 1  # in every n-th block
   # "xla"; "pallas", which on a TPU is one kernel (compiled for TPUs, not run
-  # on one); or "cudnn" (NVIDIA GPUs, 16 bits).
+  # on one) and elsewhere "xla"; or "cudnn" (NVIDIA GPUs, 16 bits).
   c.compute.attention = "xla"
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: the rest
   c.mesh.data = -1  # splits the batch

@@ -154,7 +154,7 @@ def test_programs_that_only_libtpu_can_read_are_planned(tmp_path):
 
 KERNELS = """
 import jax, jax.numpy as jnp
-from jepa_jax.models import attention
+from jepa_jax.models.kernels import tpu
 from jepa_jax.planning import estimate
 
 for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
@@ -173,8 +173,8 @@ for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
       shape, dtype, sharding=place
     )
     def both(qkv, valid, query, dy):
-      y = attention.fused_forward(qkv, valid, query, heads=heads)
-      return y, attention.fused_backward(qkv, valid, query, dy, heads=heads)
+      y = tpu.fused_forward(qkv, valid, query, heads=heads)
+      return y, tpu.fused_backward(qkv, valid, query, dy, heads=heads)
     valid = spec(b, n, dtype=bool)
     query = spec(b, queries, width) if queries else None
     qkv = spec(b, n, (2 if queries else 3) * width)

@@ -45,7 +45,7 @@ def pooled(
   """
   data = program.config.data
   split = sharding.batch_sharding(program.mesh)
-  network = encoder(program)
+  network = program.objective.networks["encoder"]
 
   @jax.jit
   def encode(params, images):
@@ -80,7 +80,7 @@ def patches(
     {"trained", "random": float32 [B, h, w, D]}.
   """
   data = program.config.data
-  network = encoder(program)
+  network = program.objective.networks["encoder"]
 
   def encode(params, images):
     images = models.normalize_images(images, data.mean, data.std)
@@ -97,14 +97,6 @@ def patches(
 def random_params(program: Any) -> Any:
   """Parameters of the encoder before training."""
   return program.init(program.config.seed).network("encoder")
-
-
-def encoder(program: Any) -> Any:
-  """The encoder, with attention that any batch on any mesh can have."""
-  network = program.objective.networks["encoder"]
-  return (
-    network.clone(attention="xla") if network.attention == "pallas" else network
-  )
 
 
 def batch_size(program: Any) -> int:

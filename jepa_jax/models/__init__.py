@@ -8,7 +8,7 @@ Axes, here and in every room that builds on this one:
   D encoder width, P predictor width, L layers.
 """
 
-from jepa_jax.models.transformer import layout
+from jepa_jax.models.kernels import Kernels
 from jepa_jax.models.vit import (
   SIZES,
   Encoder,
@@ -22,10 +22,10 @@ from jepa_jax.models.vit import (
 
 __all__ = [
   "Encoder",
+  "Kernels",
   "Predictor",
   "SIZES",
   "gather_patches",
-  "layout",
   "normalize_images",
   "patch_grid",
   "patchify",

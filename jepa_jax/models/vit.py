@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.models import kernels as kernels_lib
 from jepa_jax.models import transformer
 
 # Encoder sizes by name; the keys are the arguments of Encoder.
@@ -167,11 +168,11 @@ class Encoder(nn.Module):
     scan: see Transformer.
     remat: see Transformer.
     remat_every: see Transformer.
-    attention: see Block.
     norm_epsilon: see Transformer.
     position_grid: (h, w) of position embeddings that are a parameter
       "positions", [N, D], as in foreign weights; None computes sine-cosine
       ones for any grid.
+    kernels: how it computes, see Kernels.
   """
 
   width: int
@@ -185,9 +186,9 @@ class Encoder(nn.Module):
   scan: bool = False
   remat: str = "none"
   remat_every: int = 1
-  attention: str = "own"
   norm_epsilon: float = transformer.NORM_EPSILON
   position_grid: tuple[int, int] | None = None
+  kernels: kernels_lib.Kernels = kernels_lib.Kernels()
 
   @nn.compact
   def __call__(
@@ -198,7 +199,7 @@ class Encoder(nn.Module):
     *,
     layers: int = 1,
     train: bool = False,
-    wanted: jax.Array | None = None,
+    query_ids: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes images.
 
@@ -211,20 +212,20 @@ class Encoder(nn.Module):
       layers: 1 for the normalised output of the last block; n for the last n
         blocks' outputs, each normalised by the final LayerNorm, side by side.
       train: draws dropout and stochastic depth from the rng "dropout".
-      wanted: [B, *any] row-major indices of the patches whose output is wanted
-        of all, which saves the last block work on the others; None for those
-        that were encoded. Not beside patch_ids.
+      query_ids: [B, *any] row-major indices of the patches whose output is
+        needed, of all that are encoded, which saves the last block work on the
+        others; None for all that are encoded. Not beside patch_ids.
 
     Returns:
       [B, N, layers * D], [B, (S,) K, layers * D] for chosen patches, or
-      [B, *any, layers * D] for wanted ones.
+      [B, *any, layers * D] for query_ids.
 
     Raises:
       ValueError: shapes do not fit; the message says which.
     """
-    if wanted is not None and patch_ids is not None:
+    if query_ids is not None and patch_ids is not None:
       raise ValueError(
-        "got patch_ids and wanted; patches are wanted of whole images alone."
+        "got patch_ids and query_ids; query_ids are of whole images alone."
       )
     grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
     patches = patchify(images, self.patch_size).astype(self.dtype)
@@ -233,20 +234,20 @@ class Encoder(nn.Module):
       patches = gather_patches(patches, patch_ids)  # [B, (S,) K, patch pixels]
       positions = positions[patch_ids]
     lead = patches.shape[:-1]
-    x = transformer.Dense(self.width, dtype=self.dtype, name="patch_embed")(
-      patches
-    )
+    x = transformer.Dense(
+      self.width, dtype=self.dtype, kernels=self.kernels, name="patch_embed"
+    )(patches)
     x = x + positions.astype(self.dtype)
     x = x.reshape(-1, lead[-1], self.width)  # [B * S, K, D]
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
     select = early = None
-    if wanted is not None:
-      lead = wanted.shape
-      flat = wanted.reshape(lead[0], -1)
-      select = lambda x: gather_patches(x, flat)
-      # Patches may be wanted several times: all of them may be fewer.
-      early = select if flat.shape[1] < x.shape[1] else None
+    if query_ids is not None:
+      lead = query_ids.shape
+      flat_ids = query_ids.reshape(lead[0], -1)
+      select = lambda x: gather_patches(x, flat_ids)
+      # Patches may be named several times: all of them may be fewer.
+      early = select if flat_ids.shape[1] < x.shape[1] else None
     *outputs, last = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -257,15 +258,18 @@ class Encoder(nn.Module):
       scan=self.scan,
       remat=self.remat,
       remat_every=self.remat_every,
-      attention=self.attention,
       norm_epsilon=self.norm_epsilon,
+      kernels=self.kernels,
       name="transformer",
     )(x, valid, layers=layers, train=train, select=early)
     if select:
       outputs = [select(y) for y in outputs]
       last = last if early else select(last)
     norm = transformer.LayerNorm(
-      epsilon=self.norm_epsilon, dtype=self.dtype, name="norm"
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      kernels=self.kernels,
+      name="norm",
     )
     x = jnp.concatenate([norm(y) for y in (*outputs, last)], axis=-1)
     return x.reshape(*lead, layers * self.width)
@@ -302,7 +306,7 @@ class Predictor(nn.Module):
     scan: see Transformer.
     remat: see Transformer.
     remat_every: see Transformer.
-    attention: see Block.
+    kernels: how it computes, see Kernels.
 
   Reference: Assran et al. 2023, section 3, arXiv:2301.08243.
   """
@@ -316,7 +320,7 @@ class Predictor(nn.Module):
   scan: bool = False
   remat: str = "none"
   remat_every: int = 1
-  attention: str = "own"
+  kernels: kernels_lib.Kernels = kernels_lib.Kernels()
 
   @nn.compact
   def __call__(
@@ -344,7 +348,9 @@ class Predictor(nn.Module):
     Returns:
       [B, S, M, T, output_width].
     """
-    dense = functools.partial(transformer.Dense, dtype=self.dtype)
+    dense = functools.partial(
+      transformer.Dense, dtype=self.dtype, kernels=self.kernels
+    )
     b, s, k, _ = context.shape
     _, m, t = target_ids.shape
     positions = jnp.asarray(sincos_positions(grid, self.width), self.dtype)
@@ -354,15 +360,15 @@ class Predictor(nn.Module):
     token = self.param(
       "mask_token", transformer.KERNEL_INIT, (1, 1, self.width)
     )
-    asked = token.astype(self.dtype) + positions[target_ids]  # [B, M, T, P]
+    mask_tokens = token.astype(self.dtype) + positions[target_ids]
 
-    def once(left: jax.Array, right: jax.Array) -> jax.Array:
-      """Joins [B, S, K, ...] and [B, M, T, ...] to [B, S * K + M * T, ...]."""
+    def concat(left: jax.Array, right: jax.Array) -> jax.Array:
+      """[B, S, K, ...] and [B, M, T, ...] -> [B, S * K + M * T, ...]."""
       flat = lambda x: x.reshape(b, -1, *x.shape[3:])
       return jnp.concatenate([flat(left), flat(right)], axis=1)
 
     def pair(x: jax.Array) -> jax.Array:
-      """Of `once`, every context with every block: [B * S * M, K + T, ...]."""
+      """Of `concat`, every context with every block: [B * S * M, K + T, ...]."""
       rest = x.shape[2:]
       left, right = jnp.split(x, [s * k], axis=1)
       left = left.reshape(b, s, 1, k, *rest)
@@ -378,7 +384,7 @@ class Predictor(nn.Module):
         context_valid = jnp.ones(context_ids.shape, bool)
       if target_valid is None:
         target_valid = jnp.ones(target_ids.shape, bool)
-      valid = pair(once(context_valid, target_valid))
+      valid = pair(concat(context_valid, target_valid))
     (x,) = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -387,15 +393,17 @@ class Predictor(nn.Module):
       scan=self.scan,
       remat=self.remat,
       remat_every=self.remat_every,
-      attention=self.attention,
+      kernels=self.kernels,
       name="transformer",
     )(
-      once(seen, asked),
+      concat(seen, mask_tokens),
       valid,
       train=train,
       expand=pair,
       select=lambda x: x[:, k:],
     )
-    x = transformer.LayerNorm(dtype=self.dtype, name="norm")(x)
+    x = transformer.LayerNorm(
+      dtype=self.dtype, kernels=self.kernels, name="norm"
+    )(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)

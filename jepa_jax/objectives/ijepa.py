@@ -70,7 +70,9 @@ class IJEPA(objectives.Objective):
 
   @classmethod
   def from_config(
-    cls, config: ml_collections.ConfigDict, kernels: Any = None
+    cls,
+    config: ml_collections.ConfigDict,
+    kernels: models.Kernels | None = None,
   ) -> "IJEPA":
     """Builds the networks that a config describes."""
     data = config.data
@@ -79,7 +81,7 @@ class IJEPA(objectives.Objective):
       scan=config.compute.scan,
       remat=config.compute.remat,
       remat_every=config.compute.remat_every,
-      attention=config.compute.attention,
+      kernels=kernels or models.Kernels(),
     )
     grid = models.patch_grid(
       data.image_size, data.image_size, config.encoder.patch_size
@@ -154,7 +156,7 @@ class IJEPA(objectives.Objective):
     return self.encoder.apply(
       {"params": target_params["encoder"]},
       models.normalize_images(batch["image"], self.mean, self.std),
-      wanted=batch["target_ids"],
+      query_ids=batch["target_ids"],
     ).astype(jnp.float32)
 
   def loss(

@@ -17,7 +17,7 @@ import optax
 
 from jepa_jax import config as config_lib
 from jepa_jax import objectives
-from jepa_jax.models import cpu
+from jepa_jax.models.kernels import cpu
 from jepa_jax.training import optimizer, sharding
 
 
@@ -105,7 +105,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       f'compute.attention is "cudnn" on a {platform}; it needs an NVIDIA GPU: '
       'make it "xla".'
     )
-  objective = objectives.load(config.objective).from_config(config)
+  objective = objectives.load(config.objective).from_config(
+    config, sharding.make_kernels(config.compute, mesh)
+  )
   schedules = optimizer.make_schedules(config)
   tx = optimizer.make_optimizer(
     config, schedules, objective.learning_rate_scale
@@ -166,16 +168,14 @@ def _make_gradients(
 
   def gradients(params, target_params, batch, rng, buffers):
     """Gradients and Loss of a microbatch."""
-    with sharding.network_layout(mesh):
-      targets = jax.lax.stop_gradient(
-        objective.targets(target_params, batch, buffers)
-      )
+    targets = jax.lax.stop_gradient(
+      objective.targets(target_params, batch, buffers)
+    )
     if mesh.devices.flat[0].platform == "cpu":
       batch = cpu.after(batch, targets)
 
     def total(params):
-      with sharding.network_layout(mesh):
-        loss = objective.loss(params, targets, batch, rng, buffers)
+      loss = objective.loss(params, targets, batch, rng, buffers)
       return loss.total, loss
 
     grads, loss = jax.grad(total, has_aux=True)(params)

@@ -1,7 +1,7 @@
 """The mesh, and where each array of the state lies on it."""
 
 from collections.abc import Callable
-import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
 from jepa_jax import models
+from jepa_jax.models.kernels import cpu, gpu, tpu, xla
 
 # Axes that split the batch; "fsdp" splits parameters too.
 BATCH_AXES = ("data", "fsdp")
@@ -64,25 +65,65 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def network_layout(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-  """Keeps activations split by image, and gathers weights block by block.
+def make_kernels(
+  compute: ml_collections.ConfigDict, mesh: Mesh
+) -> models.Kernels:
+  """How networks compute on a mesh.
 
-  Left alone, the partitioner may split activations like the weights that they
-  meet, and copy whole batches to every device. A mesh of one device needs
-  none of it.
+  Weights are gathered kernel by kernel, before their use and once more for the
+  backward pass; activations stay split by image, and each device's attention
+  sees its own images alone. Left alone, the partitioner may split activations
+  like the weights that they meet, and copy whole batches to every device. A
+  mesh of one device needs none of it.
+
+  Args:
+    compute: config.compute.
+    mesh: see make_mesh.
+
+  Returns:
+    The same object for equal arguments.
   """
-  split = batch_sharding(mesh)
+  return _make_kernels(compute.attention, mesh)
+
+
+@functools.cache
+def _make_kernels(attention: str, mesh: Mesh) -> models.Kernels:
+  platform = mesh.devices.flat[0].platform
+  kernels = cpu.KERNELS if platform == "cpu" else xla.KERNELS
+  anywhere = kernels.attention
+  if attention == "cudnn":
+    kernels = dataclasses.replace(kernels, attention=gpu.attention)
+  if attention == "pallas" and platform == "tpu":
+    kernels = dataclasses.replace(kernels, attention=tpu.attention)
   if mesh.size == 1:
-    return models.layout(None, None)
-  return models.layout(
-    activations=lambda x: jax.lax.with_sharding_constraint(x, split),
-    weights=None if mesh.shape["fsdp"] == 1 else gather(mesh),
-    per_device=functools.partial(
-      jax.shard_map,
+    return kernels
+  dense, attention_of = kernels.dense, kernels.attention
+  split = batch_sharding(mesh)
+  if attention != "cudnn":  # which the partitioner knows how to split
+    attention_of = jax.shard_map(
+      attention_of,
       mesh=mesh,
       in_specs=split.spec,
       out_specs=split.spec,
       check_vma=False,  # kernels do not say over which axes they vary
+    )
+  # The one image that a network is initialised with is not split.
+  fits = lambda x: x.shape[0] % mesh.size == 0
+
+  # A gathered kernel that is kept for the backward pass would fill the memory
+  # that splitting it saved: it is gathered once more.
+  @jax.checkpoint
+  def dense_of_gathered(x, kernel, bias):
+    return dense(x, gather(mesh)(kernel), bias)
+
+  return dataclasses.replace(
+    kernels,
+    dense=dense if mesh.shape["fsdp"] == 1 else dense_of_gathered,
+    attention=lambda qkv, valid, query: (
+      attention_of if fits(qkv) else anywhere
+    )(qkv, valid, query),
+    constrain=lambda x: (
+      jax.lax.with_sharding_constraint(x, split) if fits(x) else x
     ),
   )
 

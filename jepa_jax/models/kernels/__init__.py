@@ -1,0 +1,139 @@
+"""The one seam where a backend may compute a thing its own way.
+
+The networks take a `Kernels`. Its defaults are plain: they run on every backend
+and differentiate in every mode. The trainer hands in faster ones, see
+jepa_jax.training.sharding:
+
+  xla.py  for training on any backend: less is kept for the backward pass
+  cpu.py  the same, in shapes that XLA's CPU backend is fast at
+  tpu.py  attention as one Pallas kernel
+  gpu.py  attention by cuDNN
+
+Those of these files differentiate backwards only (jax.grad and jax.vjp, not
+jax.jvp), and so only once.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# A kernel that multiplies matrices by another operation than dot_general gives
+# its result this name (jax.ad_checkpoint.checkpoint_name), so that policies of
+# rematerialisation know it for a product.
+PRODUCT = "product"
+
+PADDED = -1e30  # score of what no query may see
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+  """Linear layer.
+
+  Args:
+    x: [..., in].
+    kernel: [in, out], of x's type.
+    bias: [out], of x's type.
+
+  Returns:
+    [..., out].
+  """
+  return x @ kernel + bias
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+  """Layer normalisation over the last axis.
+
+  Args:
+    x: [..., D].
+    scale: [D].
+    bias: [D].
+    epsilon: added to the variance.
+
+  Returns:
+    [..., D], float32, or float64 for float64 x.
+  """
+  x = x.astype(at_least_float32(x.dtype))
+  x = x - x.mean(axis=-1, keepdims=True)
+  variance = jnp.square(x).mean(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+def attention(
+  qkv: jax.Array,
+  valid: jax.Array | None = None,
+  query: jax.Array | None = None,
+) -> jax.Array:
+  """Scaled dot-product attention; scores and softmax in float32 or float64.
+
+  Args:
+    qkv: [B, N, 3, heads, head_dim], queries, keys and values; [B, N, 2, heads,
+      head_dim], keys and values, beside `query`.
+    valid: [B, N] bool, False for padding that no query may see, or None.
+    query: [B, Q, heads, head_dim], where not every patch has a query; or None.
+
+  Returns:
+    [B, N or Q, heads * head_dim].
+  """
+  query, key, value = split_qkv(qkv, query)
+  scores = jnp.einsum(
+    "bqhd,bkhd->bhqk",
+    query * qkv.shape[-1] ** -0.5,
+    key,
+    preferred_element_type=at_least_float32(qkv.dtype),
+  )
+  weights = jax.nn.softmax(mask_scores(scores, valid)).astype(value.dtype)
+  y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+  return y.reshape(*y.shape[:2], -1)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact Gaussian error linear unit."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+def _anywhere(x: jax.Array) -> jax.Array:
+  return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """How a network computes. Equal kernels share compiled programs.
+
+  Attributes:
+    dense: (x, kernel, bias) -> y, as `dense`.
+    layer_norm: (x, scale, bias, epsilon) -> y, as `layer_norm`.
+    attention: (qkv, valid, query) -> y, as `attention`.
+    gelu: x -> y, as `gelu`.
+    constrain: of what goes into a block, [B', N, D] where B' is a multiple of
+      the batch, the same where it should lie on the devices.
+  """
+
+  dense: Callable[..., jax.Array] = dense
+  layer_norm: Callable[..., jax.Array] = layer_norm
+  attention: Callable[..., jax.Array] = attention
+  gelu: Callable[[jax.Array], jax.Array] = gelu
+  constrain: Callable[[jax.Array], jax.Array] = _anywhere
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+  """The type in which sums of numbers of a type are computed."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def split_qkv(
+  qkv: jax.Array, query: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries, keys and values of what `attention` takes, [B, N or Q, H, d]."""
+  if query is None:
+    query, qkv = qkv[:, :, 0], qkv[:, :, 1:]
+  return query, qkv[:, :, 0], qkv[:, :, 1]
+
+
+def mask_scores(scores: jax.Array, valid: jax.Array | None) -> jax.Array:
+  """Scores [B, H, Q, N], none of padding; see `attention`."""
+  if valid is None:
+    return scores
+  return jnp.where(valid[:, None, None, :], scores, PADDED)

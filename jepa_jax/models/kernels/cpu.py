@@ -1,0 +1,220 @@
+"""Networks as XLA's CPU backend is fast at them.
+
+It hands products along the left side's last axis to a library, YNNPACK, and
+all others to Eigen. That takes several times as long for many matrices at
+once, and for one less where sums are short. Its work is also shared by the
+threads of all devices, which then wait for each other: of two devices, each on
+a core of its own, one is done later than the other.
+
+All differentiate backwards only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from jepa_jax.models import kernels
+from jepa_jax.models.kernels import xla
+
+# What Eigen is faster at: sums up to this long, results up to this wide. Found
+# on one Zen 4 core in float32, where at sums of 384 the two are level.
+_SHORT = 256
+_NARROW = 128
+
+# A kernel whose rows lie a multiple of this many numbers apart meets in few
+# lines of the caches: Eigen took one and a half times as long on a Zen 3 core,
+# and twice as long at 1,024.
+_CROWDED = 512
+
+# What a core's second cache and its share of the third hold, about.
+_NEAR_BYTES = 2**20
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+  """See kernels.dense."""
+  # Flat, or XLA transposes operands for the weights' gradient: six blocks'
+  # backward pass took 1.6 times as long.
+  rows = matmul(x.reshape(-1, x.shape[-1]), kernel) + bias
+  return rows.reshape(*x.shape[:-1], -1)
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+  """See kernels.layer_norm."""
+  return xla.norm_rows(x, scale, bias, epsilon, row_sums)
+
+
+def attention(
+  qkv: jax.Array,
+  valid: jax.Array | None = None,
+  query: jax.Array | None = None,
+) -> jax.Array:
+  """See kernels.attention.
+
+  Devices that share a batch need it per device (jax.shard_map): chunks are cut
+  across all that is given.
+  """
+  return xla.attend(qkv, valid, query, _STEPS)
+
+
+def map_in_chunks(
+  function: Callable[..., Any], bytes_each: int, *arrays: jax.Array | None
+) -> Any:
+  """function(*arrays) of sequences that do not need each other.
+
+  It sees a few of them at a time, so that what it makes of them is still in the
+  caches when it is used.
+
+  Args:
+    function: arrays [B, ...], for any B, or None -> a tree of arrays [B, ...].
+    bytes_each: that it writes and reads again for a sequence.
+    *arrays: its arguments.
+
+  Returns:
+    What it returns.
+  """
+  b = arrays[0].shape[0]
+  most = max(1, _NEAR_BYTES // bytes_each)
+  few = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
+  if few in (1, b):  # one by one costs as much as it saves
+    return function(*arrays)
+  cut = lambda x: x.reshape(-1, few, *x.shape[1:])
+  outs = jax.lax.map(lambda xs: function(*xs), jax.tree.map(cut, arrays))
+  return jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), outs)
+
+
+def sum_over_queries(scores: jax.Array, x: jax.Array) -> jax.Array:
+  """Sums over queries: scores [B, H, Q, K] times x [B, H, Q, D].
+
+  One side is transposed in memory, the one that is smaller: x where a head is
+  narrower than its keys are many, the scores elsewhere.
+
+  Returns:
+    [B, H, K, D].
+  """
+  if x.shape[-1] < scores.shape[-1]:
+    return (_transpose(x) @ scores).swapaxes(-1, -2)
+  return _transpose(scores) @ x
+
+
+# XLA would put a transposition into the product beside it again.
+_in_memory = jax.lax.optimization_barrier
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+  """The transposed matrices, in memory."""
+  return _in_memory(x.swapaxes(-1, -2))
+
+
+def row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """Sums of rows: x [..., D] times weights [D], summed over D -> [...].
+
+  A product: XLA joins a sum with what spreads it over its row again, and then
+  writes and reads whole arrays of what are few numbers.
+  """
+  return (x.reshape(-1, x.shape[-1]) @ weights).reshape(x.shape[:-1])
+
+
+def head_sums(x: jax.Array, heads: int) -> jax.Array:
+  """Sums over each head's part of x [..., heads * head_dim]: [..., heads].
+
+  A product, so that x is read as the other products read it: XLA makes a copy
+  with split heads otherwise.
+  """
+  *axes, width = x.shape
+  parts = jnp.repeat(jnp.eye(heads, dtype=x.dtype), width // heads, axis=0)
+  return (x.reshape(-1, width) @ parts).reshape(*axes, heads)
+
+
+_STEPS = xla.AttentionSteps(map_in_chunks, sum_over_queries, head_sums)
+
+
+@jax.custom_vjp
+def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Rows [R, in] times kernel [in, out] -> [R, out].
+
+  The product and its gradients go to the kernels that are fastest at their
+  shapes; for the kernel's gradient the narrower of its two sides is transposed
+  in memory.
+  """
+  return _product(rows, kernel)
+
+
+def _backward(
+  kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  rows, kernel = kept
+  if kernel.shape[0] > kernel.shape[1]:
+    dkernel = _in_memory(_transpose(dy) @ rows).T
+  else:
+    dkernel = _transpose(rows) @ dy
+  return _product(dy, kernel.T), dkernel
+
+
+matmul.defvjp(
+  lambda rows, kernel: (_product(rows, kernel), (rows, kernel)), _backward
+)
+
+
+def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  length, width = kernel.shape
+  short = length <= _SHORT or width <= _NARROW
+  if rows.dtype != jnp.float32 or not short or width % _CROWDED == 0:
+    return rows @ kernel
+  return checkpoint_name(_by_eigen(rows, kernel), kernels.PRODUCT)
+
+
+# A convolution without an axis to slide along: XLA makes it a product only
+# after the others went to the library. Of several it would make a convolution
+# in groups, which is slow: under vmap they stay products.
+@jax.custom_batching.custom_vmap
+def _by_eigen(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    rows, kernel, (), "VALID", dimension_numbers=("NC", "IO", "NC")
+  )
+
+
+@_by_eigen.def_vmap
+def _several(
+  axis_size: int, batched: list[bool], rows: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, bool]:
+  del axis_size
+  return rows @ kernel, any(batched)
+
+
+def after(batch: Any, done: Any) -> Any:
+  """A batch whose integers a CPU makes only when `done` is there.
+
+  XLA's CPU works on whatever is ready, on threads that all devices share. Of
+  two networks that do not need each other it may run one device's both first,
+  and that device then waits for the other at the next collective.
+
+  Args:
+    batch: tree of arrays [B, ...].
+    done: tree of arrays [B, ...]; floats are waited for.
+
+  Returns:
+    The batch.
+  """
+  floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  done = [x for x in jax.tree.leaves(done) if floats(x)]
+  if not done:
+    return batch
+  # No number is above infinity, which XLA does not see.
+  never = sum(x.reshape(x.shape[0], -1)[:, 0] > jnp.inf for x in done)
+
+  def wait(x):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      return x
+    return x + never.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+  return jax.tree.map(wait, batch)
+
+
+KERNELS = kernels.Kernels(
+  dense=dense, layer_norm=layer_norm, attention=attention, gelu=xla.gelu
+)
