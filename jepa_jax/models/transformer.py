@@ -244,7 +244,9 @@ class Transformer(nn.Module):
       # All parameters at once, and the same however the blocks then run.
       x = expand(x) if expand else x
       apply = lambda block, x, rate: (block(x, valid, rate), None)
-      x, _ = _scan(apply, self.depth)(Block(**settings, name="blocks"), x, rates)
+      x, _ = _scan(apply, self.depth)(
+        Block(**settings, name="blocks"), x, rates
+      )
       return [x] * (layers - 1) + [select(x) if select else x]
 
     group = [functools.partial(Block, **settings)]

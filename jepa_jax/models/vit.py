@@ -368,7 +368,7 @@ class Predictor(nn.Module):
       return jnp.concatenate([flat(left), flat(right)], axis=1)
 
     def pair(x: jax.Array) -> jax.Array:
-      """Of `concat`, every context with every block: [B * S * M, K + T, ...]."""
+      """Each context before each block: [B * S * M, K + T, ...]."""
       rest = x.shape[2:]
       left, right = jnp.split(x, [s * k], axis=1)
       left = left.reshape(b, s, 1, k, *rest)

@@ -78,8 +78,10 @@ def _layer_norm_backward(epsilon, row_sums, kept, dy):
   )
   rows = tuple(range(x.ndim - 1))
   dscale, dbias = dscale.sum(axis=rows), dy.sum(axis=rows)
-  return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(
-    scale.dtype
+  return (
+    dx.astype(x.dtype),
+    dscale.astype(scale.dtype),
+    dbias.astype(scale.dtype),
   )
 
 
@@ -185,9 +187,7 @@ def _outputs(
   # The softmax's sums divide what is far smaller than its weights.
   share = 1.0 / weights.sum(axis=-1, keepdims=True)
   weights = weights.astype(value.dtype)
-  y = jnp.einsum(
-    "bhqk,bhkd->bhqd", weights, value, preferred_element_type=wide
-  )
+  y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=wide)
   y = (y * share).astype(value.dtype).transpose(0, 2, 1, 3)
   return y.reshape(*y.shape[:2], -1), weights, share
 
