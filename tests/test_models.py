@@ -1,16 +1,14 @@
-"""The networks, by themselves."""
+"""The networks, by themselves, with their plain kernels."""
 
+import dataclasses
 import functools
-import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jepa_jax import models
-from jepa_jax.models import attention, cpu, transformer
 
 B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
 SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
@@ -31,118 +29,262 @@ def variables(images):
   )
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_attention_of_jax_is_the_same(padded):
-  qkv = jax.random.normal(jax.random.key(0), (2, 6, 3, 3, 5))
-  valid = jnp.arange(6) < jnp.asarray([[4], [6]]) if padded else None
-  for part, query in ((qkv, None), (qkv[:, :, 1:], qkv[:, 2:, 0])):
-    np.testing.assert_allclose(
-      attention.attend_with_jax(part, valid, query, "xla"),
-      attention.attend(part, valid, query),
-      atol=1e-6,
+@functools.cache
+def small(name, dtype="float64", kernels=models.Kernels()):  # noqa: B008
+  """A network by name: (f, variables, x), where f(variables, x) is its output.
+
+  Some of its input is padding, and some patches give keys and values alone.
+  """
+  keys = iter(jax.random.split(jax.random.key(0), 100))
+  if name == "Encoder":
+    network = models.Encoder(
+      width=8,
+      depth=2,
+      num_heads=2,
+      patch_size=2,
+      dtype=dtype,
+      kernels=kernels,
+    )
+    x = jax.random.normal(next(keys), (B, 4, 6, C), "float64")
+
+    def f(variables, x):
+      valid = jnp.ones((len(x), 6), bool).at[:, 4].set(False)
+      ids = jnp.tile(jnp.asarray([5, 0, 2]), (len(x), 1))
+      return network.apply(variables, x, valid=valid, query_ids=ids)
+
+    variables = jax.jit(network.init)(next(keys), x)
+  else:
+    network = models.Predictor(
+      width=8,
+      depth=2,
+      num_heads=2,
+      output_width=5,
+      dtype=dtype,
+      kernels=kernels,
+    )
+    x = jax.random.normal(next(keys), (B, 1, 3, 12), "float64")
+
+    def f(variables, x, apply=network.apply):
+      ids = jnp.tile(jnp.asarray([[3, 1, 5]]), (len(x), 1, 1))
+      targets = jnp.tile(jnp.asarray([[0, 2], [4, 0]]), (len(x), 1, 1))
+      valid = jnp.tile(jnp.asarray([[True, True, False]]), (len(x), 1, 1))
+      return apply(variables, x, ids, targets, (2, 3), valid)
+
+    variables = jax.jit(functools.partial(f, apply=network.init))(next(keys), x)
+  variables = jax.tree.map(
+    lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, "float64"),
+    variables,
+  )
+  return jax.jit(f), variables, x
+
+
+def along(f, variables, x):
+  """f as a function of two numbers, steps in variables and in x."""
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  draw = lambda x: jax.random.normal(next(keys), x.shape, x.dtype)
+  directions = jax.tree.map(draw, (variables, x))
+
+  def g(t):
+    add = lambda i, x, d: x + t[i] * d
+    return f(
+      *(
+        jax.tree.map(functools.partial(add, i), *pair)
+        for i, pair in enumerate(zip((variables, x), directions))
+      )
     )
 
+  return g
 
-@pytest.mark.parametrize("first", [None, 5])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_for_tpus_is_the_same(dtype, padded, first):
-  heads, shape = 3, (4, 12, 72)
-  qkv, far = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
-  far = far[:, first:, :24]
-  query = None
-  if first:  # queries of some patches alone
-    query, qkv = qkv[:, first:, :24], qkv[..., 24:]
-  valid = jnp.arange(12) < jnp.asarray([[4], [6], [12], [7]])
-  valid = valid if padded else None
-  split = lambda x: x.reshape(*x.shape[:2], -1, heads, 8).astype(jnp.float32)
 
-  def plain(qkv, query):
-    query = None if query is None else split(query)[:, :, 0]
-    return attention.attend(split(qkv), valid, query)
+def differences(g, step=1e-5):
+  """Central differences of a function of two numbers, at 0: [..., 2].
 
-  y, pull = jax.vjp(plain, qkv, query)
-  settings = dict(heads=heads, interpret=True)
-  off = 1e-5 if dtype == "float32" else 0.02  # bfloat16 has 8 bits
-  f32 = lambda x: np.asarray(x, np.float32)
-  close = lambda a, b: np.testing.assert_allclose(
-    f32(a), f32(b), atol=off, rtol=off
+  Any part that is computed in float32 would be off by a hundredth.
+  """
+  columns = [
+    (g(step * unit) - g(-step * unit)) / (2 * step) for unit in jnp.eye(2)
+  ]
+  return jnp.stack(columns, axis=-1)
+
+
+def total(g):
+  return lambda *args: jnp.square(g(*args)).sum()
+
+
+# Name -> (what the transformation gives, what it should give) of f, variables
+# and x. A network that is added to NETWORKS keeps all of these promises.
+ZERO = np.zeros(2)
+TRANSFORMS = {
+  "jit": lambda f, v, x: (jax.jit(f)(v, x), f(v, x)),
+  "grad": lambda f, v, x: (
+    jax.grad(total(along(f, v, x)))(ZERO),
+    differences(total(along(f, v, x))),
+  ),
+  "jvp": lambda f, v, x: (
+    jax.jvp(along(f, v, x), (ZERO,), (np.asarray([0.7, -2.0]),))[1],
+    differences(along(f, v, x)) @ np.asarray([0.7, -2.0]),
+  ),
+  "linearize": lambda f, v, x: (
+    jax.linearize(along(f, v, x), ZERO)[1](np.asarray([0.7, -2.0])),
+    differences(along(f, v, x)) @ np.asarray([0.7, -2.0]),
+  ),
+  "jacfwd": lambda f, v, x: (
+    jax.jacfwd(along(f, v, x))(ZERO),
+    differences(along(f, v, x)),
+  ),
+  "jacrev": lambda f, v, x: (
+    jax.jacrev(along(f, v, x))(ZERO),
+    differences(along(f, v, x)),
+  ),
+  "hessian": lambda f, v, x: (
+    jax.hessian(total(along(f, v, x)))(ZERO),
+    differences(jax.grad(total(along(f, v, x)))),
+  ),
+  "grad of grad": lambda f, v, x: (
+    jax.grad(lambda t: jax.grad(total(along(f, v, x)))(t)[0])(ZERO),
+    differences(jax.grad(total(along(f, v, x))))[0],
+  ),
+  "vmap": lambda f, v, x: (
+    jax.vmap(f, (0, None))(jax.tree.map(lambda x: jnp.stack([x, -x]), v), x),
+    jnp.stack([f(v, x), f(jax.tree.map(jnp.negative, v), x)]),
+  ),
+  "vmap of grad": lambda f, v, x: (
+    jax.vmap(jax.grad(total(f), 1), (None, 0))(v, jnp.stack([x, 2 * x])),
+    jnp.stack([jax.grad(total(f), 1)(v, i * x) for i in (1, 2)]),
+  ),
+  "checkpoint": lambda f, v, x: (
+    jax.grad(total(jax.checkpoint(f)), 1)(v, x),
+    jax.grad(total(f), 1)(v, x),
+  ),
+  "export": lambda f, v, x: (exported(f, v, x), f(v, x)),
+}
+NETWORKS = ("Encoder", "Predictor")
+
+
+def exported(f, variables, x):
+  """What f gives in another process, whose batch may have any size."""
+  (b,) = jax.export.symbolic_shape("b")
+  export = jax.export.export(jax.jit(f), platforms=("cpu", "cuda", "tpu"))
+  done = export(
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables),
+    jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype),
   )
-  close(attention.fused_forward(qkv, valid, query, **settings), y)
-  gradients = attention.fused_backward(qkv, valid, query, far, **settings)
-  jax.tree.map(close, gradients, pull(far.astype(jnp.float32)))
+  return jax.export.deserialize(done.serialize()).call(variables, x)
 
 
-def test_where_there_is_no_tpu_the_kernel_gives_way(images, variables):
-  """On a CPU, values and gradients are those of `attend`."""
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_networks_behave_under_every_transformation(transform, network):
+  with jax.enable_x64(True):
+    seen, expected = TRANSFORMS[transform](*small(network))
+    assert seen.dtype == jnp.float64
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(seen, expected, rtol=1e-5, atol=1e-6 * scale)
 
-  def loss(params, name):
-    encoder = models.Encoder(**SETTINGS, attention=name)
-    return (encoder.apply(params, images) ** 2).sum()
 
-  own, fused = (
-    jax.grad(functools.partial(loss, name=name))(variables)
-    for name in ("own", "pallas")
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+  "dtype, off", [("float16", 0.01), ("bfloat16", 0.05), ("float32", 1e-5)]
+)
+def test_narrow_types_are_near_float64(dtype, off, network):
+  with jax.enable_x64(True):
+    f, variables, x = small(network)
+    expected = f(variables, x)
+    seen = small(network, dtype)[0](variables, x)
+    assert seen.dtype == dtype
+    error = jnp.linalg.norm(seen - expected) / jnp.linalg.norm(expected)
+    assert error < off
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_block_is_seen_from_outside(images, variables, scan):
+  encoder = models.Encoder(**SETTINGS, scan=scan)
+  y, state = encoder.apply(
+    variables, images, capture_intermediates=True, mutable=["intermediates"]
   )
-  jax.tree.map(np.testing.assert_array_equal, own, fused)
-
-
-def test_every_block_uses_the_attention_that_is_asked_for(
-  images, variables, monkeypatch
-):
-  asked = []
-  whole = attention.attend_with_jax
-  monkeypatch.setattr(
-    attention, "attend_with_jax", lambda *a: asked.append(a[-1]) or whole(*a)
+  blocks = state["intermediates"]["transformer"]["blocks"]
+  names = ["0-4"] if scan else ["0", "1", "2", "3", "4"]
+  assert [name for name in blocks if name != "__call__"] == names
+  several = encoder.apply(variables, images, layers=5)
+  whole = blocks["0-4"]["0"] if scan else None
+  for i in range(5):
+    block = jax.tree.map(lambda x: x[i], whole) if scan else blocks[str(i)]  # noqa: B023
+    (output,) = block["__call__"]
+    x = output - output.mean(-1, keepdims=True)
+    x /= jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    norm = variables["params"]["norm"]
+    np.testing.assert_allclose(
+      x * norm["scale"] + norm["bias"],
+      several[..., 28 * i : 28 * (i + 1)],
+      atol=1e-4,
+    )
+    assert block["fc1"]["__call__"][0].shape == (B, 15, 112)
+  table = encoder.tabulate(
+    jax.random.key(0), images, console_kwargs={"width": 200}
   )
-  other = models.Encoder(**SETTINGS, attention="xla").apply(variables, images)
-  assert set(asked) == {"xla"} and len(asked) >= 5
-  expected = models.Encoder(**SETTINGS).apply(variables, images)
-  np.testing.assert_allclose(other, expected, atol=1e-4)
+  for name in ("norm1", "qkv", "out", "norm2", "fc1", "fc2"):
+    assert f"transformer/blocks/{name} " in table
+  count = sum(x.size for x in jax.tree.leaves(variables))
+  assert f"Total Parameters: {count:,}" in table
 
 
-def test_layout_is_asked_for_blocks_and_forgotten(images, variables):
-  blocks, inputs = [], []
-  with models.layout(
-    lambda x: inputs.append(x.shape) or x, lambda w: blocks.append(w) or w
-  ):
-    seen = models.Encoder(**SETTINGS).apply(variables, images)
-  assert set(inputs) == {(B, 15, 28)}
-  assert {(28, 84), (28, 28), (28, 112), (112, 28)} < {w.shape for w in blocks}
-  count = len(blocks)
-  expected = models.Encoder(**SETTINGS).apply(variables, images)
-  np.testing.assert_allclose(seen, expected, atol=1e-6)
-  assert len(blocks) == count
+def test_every_kernel_is_used_in_every_block(images, variables):
+  calls = []
+
+  def record(name):
+    plain = getattr(models.Kernels(), name)
+
+    def kernel(*args):
+      calls.append((name, *(jnp.shape(x) for x in args[:2])))
+      return plain(*args)
+
+    return kernel
+
+  names = [field.name for field in dataclasses.fields(models.Kernels)]
+  kernels = models.Kernels(**{name: record(name) for name in names})
+  ids = jnp.zeros((B, 4), int)
+  plain = models.Encoder(**SETTINGS)
+  seen = plain.clone(kernels=kernels).apply(variables, images, query_ids=ids)
+  expected = plain.apply(variables, images, query_ids=ids)
+  np.testing.assert_array_equal(seen, expected)
+  block = [
+    ("constrain", (B, 15, 28)),
+    ("layer_norm", (B, 15, 28), (28,)),
+    ("dense", (B, 15, 28), (28, 84)),
+    ("attention", (B, 15, 3, 7, 4), ()),
+    ("dense", (B, 15, 28), (28, 28)),
+    ("layer_norm", (B, 15, 28), (28,)),
+    ("dense", (B, 15, 28), (28, 112)),
+    ("gelu", (B, 15, 112)),
+    ("dense", (B, 15, 112), (112, 28)),
+  ]
+  last = [
+    ("constrain", (B, 15, 28)),
+    ("layer_norm", (B, 15, 28), (28,)),
+    ("dense", (B, 4, 28), (28, 28)),
+    ("dense", (B, 15, 28), (28, 56)),
+    ("attention", (B, 15, 2, 7, 4), ()),
+    ("dense", (B, 4, 28), (28, 28)),
+    ("layer_norm", (B, 4, 28), (28,)),
+    ("dense", (B, 4, 28), (28, 112)),
+    ("gelu", (B, 4, 112)),
+    ("dense", (B, 4, 112), (112, 28)),
+  ]
+  first = [("dense", (B, 15, 48), (48, 28))]
+  norm = [("layer_norm", (B, 4, 28), (28,))]
+  assert calls == first + 4 * block + last + norm
 
 
-def kept(images, variables, depth=SETTINGS["depth"], gather=None):
-  """Elements that the backward pass waits for, parameters among them."""
-  encoder = models.Encoder(**SETTINGS | {"depth": depth})
-  with models.layout(None, gather):
-    _, backward = jax.vjp(lambda v: encoder.apply(v, images), variables)
-  return sum(x.size for x in jax.tree.leaves(backward))
-
-
-def test_gathered_kernels_are_not_kept(images, variables):
-  # Times one: a new array, as one that comes from other devices.
-  gathered = kept(images, variables, gather=lambda w: 1.0 * w)
-  assert gathered == kept(images, variables)
-
-
-def test_a_block_keeps_what_it_needs_once(images, variables):
-  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-  deeper = SETTINGS["depth"] + 1
-  grown = models.Encoder(**SETTINGS | {"depth": deeper}).init(
-    jax.random.key(0), images
-  )
-  more = kept(images, grown, deeper) - kept(images, variables)
-  # Inputs of two norms and of four layers, queries, keys and values, what goes
-  # into GELU, and the attention weights.
-  width, hidden = SETTINGS["width"], 4 * SETTINGS["width"]
-  needed = B * 15 * (5 * width + 3 * width + 2 * hidden)
-  needed += B * SETTINGS["num_heads"] * 15 * 15
-  needed += size(grown) - size(variables)
-  assert more < 1.05 * needed
+def test_kernels_are_part_of_the_key_of_compiled_programs(images, variables):
+  run = jax.jit(lambda encoder, v, x: encoder.apply(v, x), static_argnums=0)
+  twice = models.Kernels(gelu=jnp.tanh), models.Kernels(gelu=jnp.tanh)
+  assert twice[0] == twice[1] and hash(twice[0]) == hash(twice[1])
+  outputs = [
+    run(models.Encoder(**SETTINGS, kernels=kernels), variables, images)
+    for kernels in (models.Kernels(), *twice)
+  ]
+  assert run._cache_size() == 2
+  assert not np.allclose(outputs[0], outputs[1])
 
 
 def test_patchify_cuts_row_major_patches():
@@ -208,18 +350,16 @@ def test_padding_changes_nothing(images, variables):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("blocks", [2, 3])  # fewer patches than all, and more
-def test_wanted_patches_are_those_of_the_whole(
+def test_queried_patches_are_those_of_the_whole(
   images, variables, blocks, layers, scan
 ):
   encoder = models.Encoder(**SETTINGS, scan=scan)
-  wanted = jax.random.randint(jax.random.key(3), (B, blocks, 6), 0, 15)
-  seen = encoder.apply(variables, images, layers=layers, wanted=wanted)
+  ids = jax.random.randint(jax.random.key(3), (B, blocks, 6), 0, 15)
+  seen = encoder.apply(variables, images, layers=layers, query_ids=ids)
   whole = models.Encoder(**SETTINGS).apply(variables, images, layers=layers)
-  np.testing.assert_allclose(
-    seen, models.gather_patches(whole, wanted), atol=1e-4
-  )
+  np.testing.assert_allclose(seen, models.gather_patches(whole, ids), atol=1e-4)
   with pytest.raises(ValueError, match="whole images alone"):
-    encoder.apply(variables, images, wanted[:, 0], wanted=wanted)
+    encoder.apply(variables, images, ids[:, 0], query_ids=ids)
 
 
 def test_several_contexts_are_encoded_apart(images, variables):
@@ -288,209 +428,6 @@ def test_stochastic_parts_act_in_training_alone(images, variables, rate):
   np.testing.assert_array_equal(draw(0), draw(0))
   assert not np.allclose(draw(0), draw(1))
   assert not np.allclose(draw(0), plain)
-
-
-@pytest.mark.parametrize("first", [None, 2])
-def test_attention_and_its_gradient_match_flax(first):
-  qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 4, 7))
-  valid = jnp.asarray([[1, 1, 0, 1, 1], [1, 0, 0, 1, 0]], bool)
-  weights = jax.random.normal(jax.random.key(1), (2, 5, 28))[:, first:]
-
-  def flax(qkv):
-    q, k, v = qkv[:, first:, 0], qkv[:, :, 1], qkv[:, :, 2]
-    y = nn.dot_product_attention(q, k, v, mask=valid[:, None, None])
-    return y.reshape(weights.shape)
-
-  def own(qkv):
-    if first is None:
-      return attention.attend(qkv, valid)
-    return attention.attend(qkv[:, :, 1:], valid, qkv[:, first:, 0])
-
-  np.testing.assert_allclose(own(qkv), flax(qkv), atol=1e-5)
-  gradient = lambda f: jax.grad(lambda qkv: (f(qkv) * weights).sum())(qkv)
-  np.testing.assert_allclose(gradient(own), gradient(flax), atol=1e-5)
-  np.testing.assert_array_equal(gradient(own)[0, 2, 1:], 0)  # padding
-
-
-@pytest.mark.parametrize("batch", [6, 7])  # 7 sequences make no equal parts
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("first", [None, 3])
-def test_attention_of_a_few_sequences_at_a_time_is_the_same(
-  first, padded, batch, monkeypatch
-):
-  tokens, heads = 5, 2
-  qkv = jax.random.normal(jax.random.key(0), (batch, tokens, 3, heads, 4))
-  valid = jnp.arange(tokens) < 2 + jnp.arange(batch)[:, None] % 4
-  query = None
-  if first:
-    query, qkv = qkv[:, first:, 0], qkv[:, :, 1:]
-
-  def gradient(qkv, query):
-    attend = lambda qkv, query: attention.attend(
-      qkv, valid if padded else None, query
-    )
-    y, back = jax.vjp(attend, qkv, query)
-    return y, back(jnp.cos(y))
-
-  whole = jax.jit(gradient).lower(qkv, query).compile()
-  queries = tokens - (first or 0)
-  few = 3 * 4 * heads * queries * tokens  # bytes of three sequences' scores
-  monkeypatch.setattr(cpu, "_NEAR_BYTES", few)
-  parts = jax.jit(lambda *given: gradient(*given)).lower(qkv, query).compile()
-  assert " while(" not in whole.as_text()
-  assert parts.as_text().count(" while(") == (2 if batch == 6 else 0)
-  for own, plain in zip(
-    jax.tree.leaves(parts(qkv, query)), jax.tree.leaves(whole(qkv, query))
-  ):
-    np.testing.assert_allclose(own, plain, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layer_norm_and_its_gradient_match_flax(dtype):
-  keys = jax.random.split(jax.random.key(0), 4)
-  x = (3.0 * jax.random.normal(keys[0], (2, 5, 12)) + 1.0).astype(dtype)
-  far = jax.random.normal(keys[1], x.shape)
-  params = {
-    "scale": 1.0 + jax.random.normal(keys[2], (12,)),
-    "bias": jax.random.normal(keys[3], (12,)),
-  }
-  settings = dict(epsilon=1e-3, dtype=dtype)
-
-  def values(norm):
-    y = lambda params, x: norm.apply({"params": params}, x)
-    total = lambda params, x: (y(params, x).astype(jnp.float32) * far).sum()
-    return y(params, x), jax.grad(total, argnums=(0, 1))(params, x)
-
-  own = values(transformer.LayerNorm(**settings))
-  flax = values(nn.LayerNorm(**settings, use_fast_variance=False))
-  close = functools.partial(
-    np.testing.assert_allclose,
-    rtol=1e-5 if dtype == jnp.float32 else 1e-2,
-    atol=1e-5 if dtype == jnp.float32 else 1e-2,
-  )
-  f32 = lambda x: np.asarray(x, np.float32)
-  jax.tree.map(lambda a, b: close(f32(a), f32(b)), own, flax)
-
-
-# The last is too wide, and its sums are too long, for Eigen; the rows of the
-# one before lie apart by what caches are poor at.
-PRODUCTS = [(45, 13), (13, 45), (5, 512), (259, 131)]
-
-
-@pytest.mark.parametrize("shape", PRODUCTS)
-def test_gradients_of_products_are_those_of_the_plain_product(shape):
-  rows, far = (
-    jax.random.normal(jax.random.key(i), (7, shape[i])) for i in (0, 1)
-  )
-  kernel = jax.random.normal(jax.random.key(2), shape)
-  gradient = lambda f: jax.grad(
-    lambda rows, kernel: (f(rows, kernel) * far).sum(), argnums=(0, 1)
-  )(rows, kernel)
-  for own, plain in zip(gradient(cpu.matmul), gradient(jnp.matmul)):
-    scale = np.abs(plain).max()
-    np.testing.assert_allclose(own, plain, rtol=1e-5, atol=1e-5 * scale)
-
-
-@pytest.mark.parametrize("shape", PRODUCTS)
-def test_products_go_to_eigen_where_it_is_faster(shape):
-  arrays = jnp.ones((7, shape[0])), jnp.ones(shape)
-  product = lambda *arrays: cpu.matmul(*arrays)  # traced anew
-  text = jax.jit(product).lower(*arrays).compile().as_text()
-  assert " convolution(" not in text
-  assert ("ynn_fusion" in text) == (shape in PRODUCTS[2:])
-
-
-def test_other_types_than_float32_are_not_left_to_eigen():
-  arrays = (jnp.ones(shape, jnp.bfloat16) for shape in ((7, 45), (45, 13)))
-  text = jax.jit(lambda *given: cpu.matmul(*given)).lower(*arrays).as_text()
-  assert "stablehlo.dot_general" in text
-  assert "stablehlo.convolution" not in text
-
-
-@pytest.mark.parametrize("batched", [(0, 0), (0, None), (None, 0)])
-def test_products_of_several_matrices_stay_products(batched):
-  shapes = (7, 5), (5, 3)
-  rows, kernel = (
-    jax.random.normal(jax.random.key(i), shape if axis is None else (2, *shape))
-    for i, (shape, axis) in enumerate(zip(shapes, batched))
-  )
-  several = jax.jit(jax.vmap(cpu.matmul, batched)).lower(rows, kernel).compile()
-  np.testing.assert_allclose(several(rows, kernel), rows @ kernel, rtol=1e-5)
-  assert "convolution" not in several.as_text()
-
-
-def test_products_with_weights_are_computed_again_under_full_alone(
-  images, variables
-):
-  def count(remat):
-    encoder = models.Encoder(**SETTINGS, remat=remat)
-    loss = lambda v: jnp.square(encoder.apply(v, images)).sum()
-    lowered = jax.jit(jax.grad(loss)).lower(variables)
-    return lowered.as_text().count("stablehlo.convolution")
-
-  once = count("none")
-  assert once == count("products") == count("dots") < count("full")
-
-
-@pytest.mark.parametrize("keys", [3, 9])  # fewer and more than a head is wide
-def test_sums_over_queries_are_those_of_the_plain_product(keys):
-  scores = jax.random.normal(jax.random.key(0), (2, 4, 5, keys))
-  x = jax.random.normal(jax.random.key(1), (2, 4, 5, 7))
-  np.testing.assert_allclose(
-    jax.jit(cpu.sum_over_queries)(scores, x),
-    jnp.einsum("bhqk,bhqd->bhkd", scores, x),
-    atol=1e-5,
-  )
-
-
-def test_what_waits_is_the_same_whatever_it_waits_for():
-  ids = jnp.arange(24).reshape(4, 2, 3)
-  done = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1.0])[:, None] * jnp.ones(5)
-  wait = jax.jit(cpu.after).lower(ids, done).compile()
-  np.testing.assert_array_equal(wait(ids, done), ids)
-  assert "compare(" in wait.as_text()  # XLA has not seen through it
-
-
-@pytest.mark.parametrize("tokens", [5, 9])  # fewer and more than a head is wide
-def test_attention_on_a_cpu_has_no_products_that_xla_is_slow_at(tokens):
-  """Those that sum along another than the left side's last axis."""
-  qkv = jnp.ones((2, tokens, 3, 4, 7))
-  gradient = jax.grad(lambda qkv: attention.attend(qkv).sum())
-  text = jax.jit(gradient).lower(qkv).compile().as_text()
-  batched = r"lhs_batch_dims={([\d,]+)}, lhs_contracting_dims={(\d+)}"
-  flat = r"dot\([^)]*\), lhs_contracting_dims={(\d+)}"  # of [B * N, D]
-  assert set(re.findall(batched, text)) == {("0,1", "3")}
-  assert set(re.findall(flat, text)) == {"1"}
-
-
-def test_attention_in_bfloat16_rounds_its_weights_and_little_more():
-  """Weights kept in 16 bits cost the gradient little beside its own inputs.
-
-  What is more is dy over the softmax's sum, rounded once: 1.15.
-  """
-  qkv = jax.random.normal(jax.random.key(0), (4, 64, 3, 4, 32))
-  short = qkv.astype(jnp.bfloat16)
-  far = jax.random.normal(jax.random.key(1), (4, 64, 128))
-
-  def kept_in_float32(qkv):
-    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    scores = jnp.einsum(
-      "bhqd,bhkd->bhqk",
-      q * 32**-0.5,
-      k,
-      preferred_element_type=jnp.float32,
-    )
-    y = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
-    return y.transpose(0, 2, 1, 3).reshape(far.shape)
-
-  def gradient(f, qkv):
-    g = jax.grad(lambda qkv: (f(qkv).astype(jnp.float32) * far).sum())(qkv)
-    return np.asarray(g, np.float32)
-
-  exact = gradient(kept_in_float32, short.astype(jnp.float32))
-  error = lambda f: np.linalg.norm(gradient(f, short) - exact)
-  assert error(attention.attend) < 1.2 * error(kept_in_float32)
-  assert error(attention.attend) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.fixture(scope="module")
