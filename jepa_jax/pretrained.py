@@ -34,6 +34,7 @@ import numpy as np
 from jepa_jax import convert, models
 from jepa_jax.convert import hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
+from jepa_jax.models.kernels import cpu
 
 EXPORTED = "encoder.stablehlo"
 EXPORTED_WEIGHTS = "encoder.npz"
@@ -124,8 +125,11 @@ class Pretrained:
       raise ValueError(f'unknown pool "{pool}"; known: "mean", None.')
     images = np.asarray(images) if batch_size else jnp.asarray(images)
     self._check(images.shape)
+    module = self.module
+    if jax.default_backend() == "cpu":
+      module = module.clone(kernels=cpu.KERNELS)
     run = functools.partial(
-      _encoder(), self.module, self.preprocessing, layers, pool
+      _encoder(), module, self.preprocessing, layers, pool
     )
     size, count = batch_size or len(images), len(images)
     if size == count:
