@@ -269,7 +269,7 @@ def _params(
 ) -> dict[str, Any]:
   start = f"{prefix}/{name}/"
   source = {
-    k.removeprefix(start): v
+    k.removeprefix(start): lambda v=v: v
     for k, v in reference.items()
     if k.startswith(start)
   }

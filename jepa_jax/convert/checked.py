@@ -41,7 +41,7 @@ def to_foreign(
 def from_foreign(
   found: Weights,
   tables: Mapping[str, tuple[table.Row, ...]],
-  open_source: Callable[[str], Mapping[str, Any]],
+  open_source: Callable[[str], Mapping[str, Callable[[], Any]]],
   shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
   labels: Mapping[str, str],
 ) -> Weights:
@@ -50,7 +50,8 @@ def from_foreign(
   Args:
     found: settings, still without networks.
     tables: name of each network -> its rows.
-    open_source: name of a network -> foreign key -> array.
+    open_source: name of a network -> foreign key -> function that reads its
+      array.
     shapes: name of each network -> foreign key -> shape.
     labels: what stands before the keys of each network in an error.
 

@@ -3,9 +3,10 @@
 Reading and writing needs neither torch nor transformers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -74,31 +75,15 @@ def read(folder: pathlib.Path, which: str) -> Weights:
         safetensors.safe_open(file, framework="numpy")
       )
       for key in opened.keys():
-        source[key] = opened
+        source[key] = functools.partial(opened.get_tensor, key)
         shapes[key] = tuple(opened.get_slice(key).get_shape())
     return checked.from_foreign(
       found,
       {name: table.HUGGING_FACE_ENCODER},
-      lambda _: _Slices(source),
+      lambda _: source,
       {name: shapes},
       {name: ""},
     )
-
-
-class _Slices(Mapping[str, np.ndarray]):
-  """Arrays that are read on access."""
-
-  def __init__(self, files: Mapping[str, Any]):
-    self._files = files
-
-  def __getitem__(self, key: str) -> np.ndarray:
-    return self._files[key].get_tensor(key)
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._files)
-
-  def __len__(self) -> int:
-    return len(self._files)
 
 
 def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:

@@ -6,7 +6,8 @@ the state of their training. Reading and writing needs torch.
 
 import codecs
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+import functools
 import pathlib
 import re
 from typing import Any
@@ -45,31 +46,13 @@ def _import_torch() -> Any:
   return torch
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-  """Tensors that become float32 arrays on access."""
-
-  def __init__(self, tensors: Mapping[str, Any]):
-    # Data-parallel training prefixes every key.
-    strip = all(str(key).startswith("module.") for key in tensors)
-    self._tensors = {
-      str(key).removeprefix("module.") if strip else str(key): value
-      for key, value in tensors.items()
-    }
-
-  def __getitem__(self, key: str) -> np.ndarray:
-    return self._tensors[key].detach().float().numpy()
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    return len(self._tensors)
-
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {
-      key: tuple(getattr(value, "shape", ()))
-      for key, value in self._tensors.items()
-    }
+def _without_prefix(tensors: Mapping[Any, Any]) -> dict[str, Any]:
+  """The tensors of a network; data-parallel training prefixes every key."""
+  strip = all(str(key).startswith("module.") for key in tensors)
+  return {
+    str(key).removeprefix("module.") if strip else str(key): value
+    for key, value in tensors.items()
+  }
 
 
 def _load_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -109,7 +92,10 @@ def read(
   keys = checkpoint.keys() if isinstance(checkpoint, Mapping) else ()
   names = _NETWORKS if which == "all" else (which,)
   shapes = {
-    name: _Tensors(checkpoint[_NETWORKS[name]]).shapes()
+    name: {
+      key: tuple(getattr(value, "shape", ()))
+      for key, value in _without_prefix(checkpoint[_NETWORKS[name]]).items()
+    }
     for name in names
     if _NETWORKS[name] in keys
     and isinstance(checkpoint[_NETWORKS[name]], Mapping)
@@ -128,10 +114,16 @@ def read(
   if "predictor" in shapes:
     predictor = _infer_predictor(shapes["predictor"])
     predictor["num_heads"] = predictor_heads or settings["encoder"]["num_heads"]
+
+  def open_source(name: str) -> dict[str, Callable[[], np.ndarray]]:
+    tensors = _without_prefix(_load_torch(path)[_NETWORKS[name]])
+    read = lambda tensor: tensor.detach().float().numpy()
+    return {key: functools.partial(read, x) for key, x in tensors.items()}
+
   return checked.from_foreign(
     Weights(networks={}, predictor=predictor, **settings),
     {name: _rows(name) for name in shapes},
-    lambda name: _Tensors(_load_torch(path)[_NETWORKS[name]]),
+    open_source,
     shapes,
     {name: f"{_NETWORKS[name]}: " for name in shapes},
   )

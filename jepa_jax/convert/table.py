@@ -145,12 +145,12 @@ HUGGING_FACE_ENCODER = (
 
 
 def from_foreign(
-  source: Mapping[str, Array], table: tuple[Row, ...], depth: int
+  source: Mapping[str, Callable[[], Array]], table: tuple[Row, ...], depth: int
 ) -> Params:
   """Reads a table from foreign to Flax; rows that source lacks are left out.
 
   Args:
-    source: foreign key -> array; each is read once.
+    source: foreign key -> function that reads its array; called once.
     table: rows.
     depth: number of blocks.
 
@@ -164,7 +164,7 @@ def from_foreign(
       continue
     target = None
     for i, parts in enumerate(layers):
-      arrays = [np.asarray(source[key]) for key in parts]
+      arrays = [np.asarray(source[key]()) for key in parts]
       array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
       array = row.transform.to_flax(array)
       if target is None:  # filled layer by layer: a stack would be a copy

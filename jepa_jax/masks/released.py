@@ -45,20 +45,10 @@ def draw(
   batch = counter_rng.random_bits(xp, batch_key, 2)  # [1, 2]
   random = counter_rng.random_bits(xp, image_key, 2 * (m + s))
   rows, columns = random[:, : m + s], random[:, m + s :]
-  targets = rectangles.place(
-    xp,
-    target,
-    rectangles.sample_shapes(xp, batch[:, :1], target),
-    rows[:, :m],
-    columns[:, :m],
-  )
-  contexts = rectangles.place(
-    xp,
-    context,
-    rectangles.sample_shapes(xp, batch[:, 1:], context),
-    rows[:, m:],
-    columns[:, m:],
-  )
+  shape = rectangles.sample_shapes(xp, batch[:, :1], target)
+  targets = rectangles.place(xp, target, shape, rows[:, :m], columns[:, :m])
+  shape = rectangles.sample_shapes(xp, batch[:, 1:], context)
+  contexts = rectangles.place(xp, context, shape, rows[:, m:], columns[:, m:])
   allowed = rectangles.cover(xp, contexts)
   if not settings.allow_overlap:
     outside = rectangles.uncovered(xp, targets)
