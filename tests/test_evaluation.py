@@ -11,7 +11,7 @@ import pytest
 
 from jepa_jax import config as config_lib
 from jepa_jax.data import folder as folder_lib
-from jepa_jax.evaluation import protocols
+from jepa_jax.evaluation import encoders, protocols
 from jepa_jax.evaluation import run as evaluation
 from jepa_jax.evaluation.protocols import protocol
 from jepa_jax.training import program as program_lib
@@ -193,6 +193,22 @@ def test_misuse_is_named_without_any_data(run_config, key, value, message):
   run_config.evaluations.near[key] = value
   with pytest.raises(ValueError, match=message):
     evaluation.check(run_config)
+
+
+def test_the_score_of_the_best_checkpoint_is_known_before_training(run_config):
+  run_config.evaluations.near = config_lib.evaluation(
+    "nearest", protocols=("ridge",)
+  )
+  run_config.checkpoint.best_metric = "near/ridge/last4"
+  evaluation.check(run_config)
+  run_config.checkpoint.best_metric = "near/linear/last"
+  with pytest.raises(ValueError, match="known: near/ridge/last, near/ridge/la"):
+    evaluation.check(run_config)
+
+
+def test_an_objective_without_an_encoder_is_not_evaluated(run_config):
+  with pytest.raises(ValueError, match='no network "encoder".*: decoder, head'):
+    encoders.check(run_config, {"decoder": None, "head": None})
 
 
 def spread(train, test, *, seed):

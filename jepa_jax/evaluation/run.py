@@ -33,9 +33,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: one line that says what it got and what it needs.
   """
+  scored = []
   for name, settings in config.evaluations.items():
     for protocol in settings.protocols:
-      protocols.find(protocol, f"protocol of evaluation {name}")
+      row = protocols.find(protocol, f"protocol of evaluation {name}")
+      scored += [f"{name}/{row.name}/{kind}" for kind in settings.features]
     for kind in settings.features:
       config_lib.choose(
         f"features of evaluation {name}", kind, tuple(encoders.LAYERS)
@@ -49,6 +51,10 @@ def check(config: ml_collections.ConfigDict) -> None:
       config_lib.choose(
         f"baseline of evaluation {name}", baseline, encoders.BASELINES
       )
+  if scored and config.checkpoint.best_metric:
+    config_lib.choose(
+      "checkpoint.best_metric", config.checkpoint.best_metric, scored
+    )
   if config.evaluations:
     objective = objectives.load(config.objective).from_config(config)
     encoders.check(config, objective.networks)

@@ -75,18 +75,18 @@ def ridge(
   errors = {}
   path = _Solutions(moments[0])
   for strength in sorted(strengths, reverse=True):
-    said = inputs[0].predict(held, *path(strength))
-    errors[strength] = np.mean((said - labels[0][held]) ** 2)
+    predicted = inputs[0].predict(held, *path(strength))
+    errors[strength] = np.mean((predicted - labels[0][held]) ** 2)
   best = min(errors, key=errors.get)
   solution = _Solutions([a + b for a, b in zip(*moments)])(best)
-  said = [x.predict(np.arange(len(x)), *solution) for x in inputs]
+  predicted = [x.predict(np.arange(len(x)), *solution) for x in inputs]
   spread = np.var(labels[0][held])
   return {
-    **_scores(said[1], labels[1]),
+    **_scores(predicted[1], labels[1]),
     "baseline_rmse": float(
       np.sqrt(np.mean((labels[1] - labels[0].mean()) ** 2))
     ),
-    "train_r2": _scores(said[0], labels[0])["r2"],
+    "train_r2": _scores(predicted[0], labels[0])["r2"],
     "holdout_r2": float(1 - errors[best] / spread) if spread else None,
     "strength": best,
     "n_train": count,
@@ -132,17 +132,17 @@ class _Solutions:
     self._x, self._y = x / count, y / count
     covariance = xx / count - np.outer(self._x, self._x)
     self._values, self._axes = np.linalg.eigh(covariance)
-    self._turned = self._axes.T @ (xy / count - self._x * self._y)
+    self._projected = self._axes.T @ (xy / count - self._x * self._y)
 
   def __call__(self, strength):
     curvature = np.maximum(self._values, 0) + strength
-    weights = self._axes @ (self._turned / curvature)
+    weights = self._axes @ (self._projected / curvature)
     return weights, self._y - self._x @ weights
 
 
-def _scores(said, labels):
+def _scores(predicted, labels):
   """r2 with its standard error, and rmse; r2 is a ratio of two means."""
-  squares = (said - labels) ** 2
+  squares = (predicted - labels) ** 2
   deviations = (labels - labels.mean()) ** 2
   ratio = squares.mean() / deviations.mean()
   influence = (squares - ratio * deviations) / deviations.mean()
