@@ -26,6 +26,7 @@ MODULES = (
   "jepa_jax.convert",
   "jepa_jax.convert.warm_start",
   "jepa_jax.models",
+  "jepa_jax.models.kernels",
   "jepa_jax.masks",
   "jepa_jax.masks.interface",
   "jepa_jax.masks.samplers",
