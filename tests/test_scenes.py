@@ -32,10 +32,10 @@ def one_object(shape, *, center=(0.4, -0.3, 0.8), material=0, size=1):
   )
 
 
-def rays_of(scene, grid):
+def rays_of(grid):
   """[grid, grid, 3] directions with forward part 1, written independently."""
   steps = (2 * np.arange(grid) + 1 - grid) / grid * world.TANGENT
-  right, down, forward = scene.axes
+  right, down, forward = world.AXES
   down = down / world.STRETCH
   return forward + steps[None, :, None] * right + steps[:, None, None] * down
 
@@ -107,11 +107,11 @@ def test_a_failed_worker_is_reported():
 def test_rays_end_on_the_surface(shape, size):
   scene = one_object(shape, size=size)
   depth, owner = casting.cast(scene, 101)
-  rays = rays_of(scene, 101)
-  points = (scene.position + depth[..., None] * rays).transpose(2, 0, 1)
+  rays = rays_of(101)
+  points = (world.CAMERA + depth[..., None] * rays).transpose(2, 0, 1)
   normals = casting.surface_normals(scene, points.astype(np.float32), owner)
   hit = owner == 0
-  where = (scene.position + depth[..., None] * rays)[hit] - scene.centers[0]
+  where = (world.CAMERA + depth[..., None] * rays)[hit] - scene.centers[0]
   turn = math.radians(25.0)
   x = math.cos(turn) * where[:, 0] + math.sin(turn) * where[:, 1]
   y = math.cos(turn) * where[:, 1] - math.sin(turn) * where[:, 0]
@@ -128,7 +128,7 @@ def test_rays_end_on_the_surface(shape, size):
   if world.SHAPES[shape] == "sphere":
     np.testing.assert_allclose(normals[:, hit].T, where / half, atol=2e-3)
   # All else is floor.
-  floor = (scene.position + depth[..., None] * rays)[~hit]
+  floor = (world.CAMERA + depth[..., None] * rays)[~hit]
   np.testing.assert_allclose(floor[:, 2], 0, atol=1e-3)
 
 
@@ -136,13 +136,13 @@ def test_rays_end_on_the_surface(shape, size):
 def test_an_object_is_seen_where_it_projects(shape):
   scene = one_object(shape, center=(1.5, 0.9, 0.7), size=0)
   owner = shading.render(scene, 96)[2]
-  x, y, depth = world.project(scene, scene.centers, 96)[0]
+  x, y, depth = world.project(scene.centers, 96)[0]
   rows, columns = np.nonzero(owner == 0)
   assert abs(columns.mean() + 0.5 - x) < 0.6
   assert abs(rows.mean() + 0.5 - y) < 0.6
-  forward = scene.axes[2]
+  forward = world.AXES[2]
   assert depth == pytest.approx(
-    (scene.centers[0] - scene.position) @ forward, rel=1e-6
+    (scene.centers[0] - world.CAMERA) @ forward, rel=1e-6
   )
   # Nothing of the object lies outside the window that was searched for it.
   reach = 96 * 0.35 * math.sqrt(3) / (2 * world.TANGENT * depth)
@@ -154,14 +154,12 @@ def test_an_object_is_seen_where_it_projects(shape):
 
 
 def test_the_camera_stands_upright():
-  scene = one_object(1)
   center, above, right = world.project(
-    scene,
     np.array(
       [
         world.CAMERA_TARGET,
         np.add(world.CAMERA_TARGET, [0, 0, 1]),
-        world.CAMERA_TARGET + scene.axes[0],
+        world.CAMERA_TARGET + world.AXES[0],
       ]
     ),
     80,
@@ -174,9 +172,9 @@ def test_the_camera_stands_upright():
 def test_depth_map_gives_the_distance_at_the_centre_of_a_sphere():
   scene = one_object(1, center=(0.0, 0.0, 0.7))
   depth = shading.render(scene, 128)[1]
-  x, y, middle = world.project(scene, scene.centers, 128)[0]
+  x, y, middle = world.project(scene.centers, 128)[0]
   # The ray to the centre meets the surface one radius earlier.
-  length = np.linalg.norm(scene.centers[0] - scene.position)
+  length = np.linalg.norm(scene.centers[0] - world.CAMERA)
   expected = middle * (1 - 0.7 / length)
   assert depth[int(y), int(x)] == pytest.approx(expected, abs=0.01)
 
@@ -187,10 +185,10 @@ def test_an_object_casts_its_shadow_on_the_floor():
   scene = one_object(1, center=center, size=0)
   away = dataclasses.replace(scene, centers=np.array([[0.0, 0.0, -9.0]]))
   shaded, lit = (shading.render(s, 96)[0].astype(float) for s in (scene, away))
-  foot = center - scene.key * center[2] / scene.key[2]
+  foot = center - world.KEY_LIGHT * center[2] / world.KEY_LIGHT[2]
   mirrored = foot * [-1, -1, 0]
   for point, low, high in ((foot, 0.3, 0.8), (mirrored, 0.97, 1.01)):
-    x, y, _ = world.project(scene, point[None], 96)[0]
+    x, y, _ = world.project(point[None], 96)[0]
     ratio = shaded[int(y), int(x)] / lit[int(y), int(x)]
     assert low < ratio.mean() < high
 
@@ -198,8 +196,8 @@ def test_an_object_casts_its_shadow_on_the_floor():
 def test_lit_side_is_brighter_than_the_other():
   scene = one_object(1, center=(0.0, 0.0, 0.7))
   image, _, owner = shading.render(scene, 96)
-  key = scene.axes @ scene.key  # right, down, forward
-  x, y, _ = world.project(scene, scene.centers, 96)[0]
+  key = world.AXES @ world.KEY_LIGHT  # right, down, forward
+  x, y, _ = world.project(scene.centers, 96)[0]
   rows, columns = np.nonzero(owner == 0)
   side = (columns + 0.5 - x) * key[0] + (rows + 0.5 - y) * key[1]
   brightness = image[rows, columns].mean(axis=1)
@@ -211,7 +209,7 @@ def test_metal_has_a_highlight_and_rubber_has_not():
   for material in (0, 1):
     scene = one_object(1, material=material)
     image = shading.render(scene, 96)[0]
-    x, y, _ = world.project(scene, scene.centers, 96)[0].astype(int)
+    x, y, _ = world.project(scene.centers, 96)[0].astype(int)
     # Well within the sphere, green and blue are dim but for a white gleam.
     whitest.append(image[y - 4 : y + 5, x - 4 : x + 5].min(axis=2).max())
   rubber, metal = whitest
@@ -241,7 +239,7 @@ def test_scenes_are_legal_and_classes_well_filled():
     owner = casting.cast(scene, 64)[1]
     visible = np.bincount(owner.ravel() + 1, minlength=number + 1)[1:]
     assert visible.min() >= sampling.MIN_VISIBLE
-    pixels = world.project(scene, scene.centers, 64)
+    pixels = world.project(scene.centers, 64)
     assert (pixels[:, :2] > 0).all() and (pixels[:, :2] < 64).all()
     offset = scene.centers[:, None, :2] - scene.centers[None, :, :2]
     radius = np.array([0.35, 0.7])[scene.size]

@@ -24,13 +24,13 @@ def cast(scene: Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
     depth [grid, grid] float32 along the optical axis; owner [grid, grid] int,
     the object's index or -1 for the floor.
   """
-  rays = world.camera_rays(scene, grid)
+  rays = world.camera_rays(grid)
   down = np.minimum(rays[2], np.float32(-1e-3))
-  depth = np.minimum(np.float32(-scene.position[2]) / down, np.float32(1e3))
+  depth = np.minimum(np.float32(-world.CAMERA[2]) / down, np.float32(1e3))
   owner = np.full((grid, grid), -1)
   for k, center in enumerate(scene.centers):
-    window = window_of(scene, center[None], bounding_radius(scene, k), grid)
-    origin = (scene.position - center)[:, None, None]
+    window = window_of(center[None], bounding_radius(scene, k), grid)
+    origin = (world.CAMERA - center)[:, None, None]
     near, far = intersections(scene, k, origin, rays[(slice(None), *window)])
     hit = (near < far) & (near < depth[window])
     depth[window][hit] = near[hit]
@@ -55,7 +55,7 @@ def surface_normals(
   normals[2] = 1
   for k, center in enumerate(scene.centers):
     radius = bounding_radius(scene, k)
-    window = window_of(scene, center[None], radius, owner.shape[0])
+    window = window_of(center[None], radius, owner.shape[0])
     inside = (slice(None), *window)
     mine = owner[window] == k
     offset = points[inside][:, mine] - center.astype(np.float32)[:, None]
@@ -67,11 +67,11 @@ def surface_normals(
 
 
 def window_of(
-  scene: Scene, centers: np.ndarray, radius: float, grid: int
+  centers: np.ndarray, radius: float, grid: int
 ) -> tuple[slice, slice]:
   """Rows and columns that the convex hull of equal spheres can cover."""
   bounds = [[], []]  # of y, of x; plain floats, which are faster when so few
-  for x, y, depth in ((centers - scene.position) @ scene.axes.T).tolist():
+  for x, y, depth in ((centers - world.CAMERA) @ world.AXES.T).tolist():
     if depth <= 1.01 * radius:
       return slice(0, grid), slice(0, grid)
     scale = (depth**2 - radius**2) * world.TANGENT

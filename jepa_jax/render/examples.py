@@ -29,7 +29,7 @@ def example(seed: int, split: str, index: int, image_size: int) -> dict:
   scene = sampling.sample_scene(seed, split, index)
   image, depth, _ = shading.render(scene, image_size)
   depth = np.minimum(np.rint(depth / DEPTH_UNIT), 65535).astype(np.uint16)
-  pixels = world.project(scene, scene.centers, image_size)
+  pixels = world.project(scene.centers, image_size)
   return {
     "image": image,
     "depth": depth[..., None],

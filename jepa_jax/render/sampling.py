@@ -31,12 +31,10 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
   """
   rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
   num_objects = int(rng.integers(world.MIN_OBJECTS, world.MAX_OBJECTS + 1))
-  position = np.array(world.CAMERA)
-  axes = world.look_at(position, np.array(world.CAMERA_TARGET))
   radii = np.array(list(world.SIZES.values()))
   while True:
     size = rng.integers(0, len(world.SIZES), num_objects)
-    centers = _place(rng, radii[size], axes)
+    centers = _place(rng, radii[size])
     if centers is None:
       continue
     scene = Scene(
@@ -46,10 +44,6 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
       size=size,
       rotation=rng.uniform(0, 360, num_objects),
       centers=centers,
-      position=position,
-      axes=axes,
-      key=world.unit(np.array(world.KEY_LIGHT)),
-      fill=world.unit(np.array(world.FILL_LIGHT)),
     )
     scene = dataclasses.replace(  # Let cubes, which are lower, touch the floor.
       scene,
@@ -61,11 +55,9 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
       return scene
 
 
-def _place(
-  rng: np.random.Generator, radii: np.ndarray, axes: np.ndarray
-) -> np.ndarray | None:
+def _place(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray | None:
   """[n, 2] floor positions that keep their distance, or None if stuck."""
-  directions = axes[[0, 2], :2]
+  directions = world.AXES[[0, 2], :2]
   directions /= np.linalg.norm(directions, axis=1, keepdims=True)
   placed = []
   for k, radius in enumerate(radii):

@@ -28,8 +28,8 @@ def render(
   """
   grid = 2 * image_size
   depth, owner = casting.cast(scene, grid)
-  rays = world.camera_rays(scene, grid)
-  points = scene.position.astype(np.float32)[:, None, None] + depth * rays
+  rays = world.camera_rays(grid)
+  points = world.CAMERA.astype(np.float32)[:, None, None] + depth * rays
   normals = casting.surface_normals(scene, points, owner)
   direct = _direct_light(scene, points, owner)
   ambient = _ambient_light(scene, points, owner)
@@ -59,27 +59,27 @@ def _direct_light(
   shadow has a soft edge at no cost.
 
   Args:
-    scene: gives objects and light.
+    scene: gives the objects.
     points: [3, grid, grid] surface points.
     owner: [grid, grid] the object there, or -1 for the floor.
   """
   grid = owner.shape[0]
   direct = np.ones((grid, grid), np.float32)
-  across = world.unit(np.cross(scene.key, [0.0, 0.0, 1.0]))
-  along = np.cross(scene.key, across)
+  across = world.unit(np.cross(world.KEY_LIGHT, [0.0, 0.0, 1.0]))
+  along = np.cross(world.KEY_LIGHT, across)
   light = np.empty((3, grid, grid), np.float32)
   for i, j in _SUBPIXELS:
     angle = math.radians(45 + 90 * (2 * i + j))
     offset = math.cos(angle) * across + math.sin(angle) * along
-    point = world.unit(scene.key + _LIGHT_RADIUS * offset)
+    point = world.unit(world.KEY_LIGHT + _LIGHT_RADIUS * offset)
     light[:, i::2, j::2] = point[:, None, None]
   for k, center in enumerate(scene.centers):
     radius = casting.bounding_radius(scene, k)
     # Distance along the light's direction at which the shadow meets the floor.
-    reach = (center[2] + radius) / scene.key[2]
-    ends = np.stack([center, center - reach * scene.key])
+    reach = (center[2] + radius) / world.KEY_LIGHT[2]
+    ends = np.stack([center, center - reach * world.KEY_LIGHT])
     radius += reach * 1.5 * _LIGHT_RADIUS
-    window = casting.window_of(scene, ends, radius, grid)
+    window = casting.window_of(ends, radius, grid)
     inside = (slice(None), *window)
     offset = points[inside] - center.astype(np.float32)[:, None, None]
     near, far = casting.intersections(scene, k, offset, light[inside])
@@ -102,7 +102,7 @@ def _ambient_light(
   for k, center in enumerate(scene.centers):
     half = np.float32(scene.half_widths[k])
     radius = 2.5 * casting.bounding_radius(scene, k)
-    window = casting.window_of(scene, center[None] * [1, 1, 0], radius, grid)
+    window = casting.window_of(center[None] * [1, 1, 0], radius, grid)
     offset = points[(slice(None), *window)]
     offset = offset - center.astype(np.float32)[:, None, None]
     squared = np.maximum(sum(o * o for o in offset), half * half)
@@ -124,9 +124,9 @@ def _shade(
   view = rays / np.sqrt(sum(r * r for r in rays))
   facing = sum(n * v for n, v in zip(normals, view, strict=True))
   mirror_z = view[2] - 2 * facing * normals[2]
-  key = _dot(normals, scene.key)
+  key = _dot(normals, world.KEY_LIGHT)
   diffuse = 0.85 * direct * np.maximum(key, 0)
-  diffuse += 0.25 * np.maximum(_dot(normals, scene.fill), 0)
+  diffuse += 0.25 * np.maximum(_dot(normals, world.FILL_LIGHT), 0)
   diffuse += ambient * (0.3 + 0.1 * normals[2])
   albedo = np.concatenate([_ALBEDO[scene.color], _FLOOR])  # owner -1: last row
   metal = np.append(scene.material, 0).astype(np.float32)[owner]
@@ -134,7 +134,8 @@ def _shade(
   # A highlight where the mirrored ray points at a light: broad and weak on
   # rubber, tight and strong on metal.
   gloss = np.zeros_like(diffuse)
-  for source, power, seen in ((scene.key, 1.0, direct), (scene.fill, 0.35, 1)):
+  lights = ((world.KEY_LIGHT, 1.0, direct), (world.FILL_LIGHT, 0.35, 1))
+  for source, power, seen in lights:
     cosine = _dot(view, source) - 2 * facing * _dot(normals, source)
     cosine = np.maximum(cosine, 0)
     tight = cosine**2

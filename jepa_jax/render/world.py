@@ -1,4 +1,4 @@
-"""What a scene consists of: objects, camera, lights.
+"""What a scene consists of: its objects, and the camera and lights of all.
 
 World axes are x, y on the floor and z up, in CLEVR's units.
 
@@ -28,26 +28,37 @@ SHAPES = ("cube", "sphere", "cylinder")
 SIZES = {"small": 0.35, "large": 0.7}  # radius
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
 
-CAMERA = (6.85, -6.85, 5.85)
-CAMERA_TARGET = (-0.1, 0.1, 0.0)
+
+def unit(vector: np.ndarray) -> np.ndarray:
+  """The vector scaled to length 1."""
+  return vector / np.linalg.norm(vector)
+
+
+def _look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
+  """[3, 3] rows right, down, forward of a camera that stands upright."""
+  forward = unit(target - position)
+  right = unit(np.cross(forward, [0.0, 0.0, 1.0]))
+  return np.stack([right, np.cross(forward, right), forward])
+
+
+CAMERA = np.array([6.85, -6.85, 5.85])  # its position
+CAMERA_TARGET = np.array([-0.1, 0.1, 0.0])
+AXES = _look_at(CAMERA, CAMERA_TARGET)  # rows right, down, forward
 TANGENT = 0.41  # of half the field of view
 # Of the rows: CLEVR's pictures are 480 x 320 and become squares in its probes.
 STRETCH = 1.5
-KEY_LIGHT = (-0.3, -0.65, 0.85)  # direction towards the light
-FILL_LIGHT = (0.75, 0.1, 0.65)
+KEY_LIGHT = unit(np.array([-0.3, -0.65, 0.85]))  # direction towards the light
+FILL_LIGHT = unit(np.array([0.75, 0.1, 0.65]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """n objects, one camera and two lights.
+  """The n objects of a picture.
 
   Attributes:
     shape, color, material, size: [n] int, indices in the tables above.
     rotation: [n] degrees about the vertical.
     centers: [n, 3] world coordinates of the objects' centres.
-    position: [3] the camera's.
-    axes: [3, 3] rows are the camera's right, down and forward.
-    key, fill: [3] unit vectors towards the lights.
   """
 
   shape: np.ndarray
@@ -56,10 +67,6 @@ class Scene:
   size: np.ndarray
   rotation: np.ndarray
   centers: np.ndarray
-  position: np.ndarray
-  axes: np.ndarray
-  key: np.ndarray
-  fill: np.ndarray
 
   @functools.cached_property
   def half_widths(self) -> np.ndarray:
@@ -68,11 +75,10 @@ class Scene:
     return np.where(self.shape == 0, radius / math.sqrt(2), radius)
 
 
-def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
+def project(points: np.ndarray, image_size: int) -> np.ndarray:
   """Maps world points to pixels.
 
   Args:
-    scene: gives the camera.
     points: [n, 3] world coordinates.
     image_size: pixels a side.
 
@@ -80,7 +86,7 @@ def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
     [n, 3]: x to the right and y downwards in pixels from the picture's
     top-left corner (the first pixel's centre is 0.5), depth in world units.
   """
-  x, y, depth = ((points - scene.position) @ scene.axes.T).T
+  x, y, depth = ((points - CAMERA) @ AXES.T).T
   half = image_size / 2
   return np.stack(
     [
@@ -92,17 +98,10 @@ def project(scene: Scene, points: np.ndarray, image_size: int) -> np.ndarray:
   )
 
 
-def look_at(position: np.ndarray, target: np.ndarray) -> np.ndarray:
-  """[3, 3] rows right, down, forward of a camera that stands upright."""
-  forward = unit(target - position)
-  right = unit(np.cross(forward, [0.0, 0.0, 1.0]))
-  return np.stack([right, np.cross(forward, right), forward])
-
-
-def camera_rays(scene: Scene, grid: int) -> np.ndarray:
+def camera_rays(grid: int) -> np.ndarray:
   """Directions of the rays through the centres of grid x grid equal cells.
 
-  A point on a ray is `position + depth * direction`. The component of the
+  A point on a ray is `CAMERA + depth * direction`. The component of the
   direction along the optical axis is 1, so that the ray's parameter is the
   depth, as in CLEVR's `pixel_coords[2]`.
 
@@ -110,15 +109,10 @@ def camera_rays(scene: Scene, grid: int) -> np.ndarray:
     [3, grid, grid] float32.
   """
   offset = ((np.arange(grid) + 0.5) / grid * 2 - 1) * TANGENT
-  right, down, forward = scene.axes.astype(np.float32)
+  right, down, forward = AXES.astype(np.float32)
   offset = offset.astype(np.float32)
   return (
     forward[:, None, None]
     + down[:, None, None] * (offset[:, None] / STRETCH)
     + right[:, None, None] * offset
   )
-
-
-def unit(vector: np.ndarray) -> np.ndarray:
-  """The vector scaled to length 1."""
-  return vector / np.linalg.norm(vector)
