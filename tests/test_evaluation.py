@@ -22,7 +22,7 @@ from jepa_jax.training import sharding
 def run_config(config, scenes_dir):
   """A tiny run on scenes; the encoder's parameters are random."""
   config.data.data_dir = scenes_dir
-  config.data.num_scenes = (400, 150)
+  config.data.num_scenes = (240, 100)
   config.encoder.depth = 4
   return config
 
@@ -74,7 +74,7 @@ def test_the_distance_of_the_nearest_object_is_regressed(run_config, evaluate):
     ("pixels", "pixels"),
   ]
   for row in rows:
-    assert (row["score"], row["n_train"], row["n_test"]) == ("r2", 400, 150)
+    assert (row["score"], row["n_train"], row["n_test"]) == ("r2", 240, 100)
     assert row["rmse"] == pytest.approx(
       row["baseline_rmse"] * np.sqrt(1 - row["r2"]), rel=0.05
     )
@@ -124,7 +124,7 @@ def test_sides_that_share_images_are_refused(
   run_config.evaluations = {
     "count": config_lib.evaluation("count", test="train")
   }
-  with pytest.raises(ValueError, match="share 400 images"):
+  with pytest.raises(ValueError, match="share 240 images"):
     evaluation.check_data(run_config)
 
 
@@ -139,9 +139,9 @@ def test_images_are_decoded_once_for_all_encoders_and_labels(
     lambda self, index: reads.extend(index.tolist()) or read(self, index),
   )
   root = noise(tmp_path / "images", 30)
-  for name, learner in (("one", "knn"), ("two", "linear")):
+  for name in ("one", "two"):
     run_config.evaluations[name] = config_lib.evaluation(
-      "label", source="folder", name=str(root), protocols=(learner,)
+      "label", source="folder", name=str(root), protocols=("knn",)
     )
   rows = evaluate(run_config)
   assert [r["evaluation"] for r in rows] == ["one"] * 5 + ["two"] * 5
