@@ -346,7 +346,9 @@ class _Group(nn.Module):
     self, x: jax.Array, valid: jax.Array | None, rates: jax.Array | None
   ) -> tuple[jax.Array, None]:
     for i, block in enumerate(self.group):
-      x = block(name=str(i))(x, valid, None if rates is None else rates[i])
+      rate = None if rates is None else rates[i]
+      # All arguments, for nn.remat counts them.
+      x = block(name=str(i))(x, valid, rate, None, None)
     return x, None
 
 
