@@ -105,6 +105,7 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
   from jepa_jax.data import pipeline
   from jepa_jax.data import unreadable as unreadable_lib
   from jepa_jax.evaluation import run as evaluation
+  from jepa_jax.training import log as log_lib
   from jepa_jax.training import program as program_lib
   from jepa_jax.training import sharding
 
@@ -129,7 +130,7 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     if not jax.process_index():
       text = json.dumps(claim, indent=2) + "\n"
-      (workdir / "config.json").write_text(text)
+      log_lib.write_whole(workdir / "config.json", text)
   return program, open_data, unreadable
 
 

@@ -446,6 +446,23 @@ def test_sigterm_saves_and_exits_with_its_own_code(scenes_dir, tmp_path):
     assert saved.steps()[-1] >= 3
 
 
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+  path = tmp_path / "run.json"
+  log.write_whole(path, "first")
+
+  def kill(*arguments):
+    raise KeyboardInterrupt
+
+  for what in ("fsync", "replace"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(os if what == "fsync" else type(path), what, kill)
+      log.write_whole(path, "second")
+    assert path.read_text() == "first"
+  log.write_whole(path, "ä")
+  assert path.read_bytes() == "ä".encode()
+  assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_every_signal_to_end_stops_after_the_step(name):
   with distributed.Stopper() as stopper:

@@ -28,6 +28,7 @@ import numpy as np
 from jepa_jax import config as config_lib
 from jepa_jax.evaluation import collapse, figures
 from jepa_jax.evaluation import verdict as verdict_lib
+from jepa_jax.training import log
 
 SHOWN = 8  # pictures of each kind, at most
 
@@ -111,7 +112,7 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
     run_problem=run_problem,
   )
   path = workdir / "report.html"
-  path.write_text(page, encoding="utf-8")
+  log.write_whole(path, page)
   return path
 
 

@@ -6,6 +6,7 @@ the same probes on the same features.
 
 from collections.abc import Sequence
 import functools
+import io
 import json
 import pathlib
 import sys
@@ -22,7 +23,7 @@ from jepa_jax.evaluation import encoders, features, protocols
 from jepa_jax.evaluation import pictures as pictures_lib
 from jepa_jax.evaluation import report as report_lib
 from jepa_jax.evaluation.protocols import protocol as protocol_lib
-from jepa_jax.training import distributed, sharding
+from jepa_jax.training import distributed, log, sharding
 
 Rows = list[dict[str, Any]]  # of evaluations.json, see protocols.table
 
@@ -274,8 +275,11 @@ def report(
   arrays = pictures_lib.pictures(program, state)
   if jax.process_index():
     return None
-  (workdir / "evaluations.json").write_text(json.dumps(rows, indent=2) + "\n")
-  np.savez_compressed(workdir / "pictures.npz", **arrays)
+  text = json.dumps(rows, indent=2) + "\n"
+  log.write_whole(workdir / "evaluations.json", text)
+  packed = io.BytesIO()
+  np.savez_compressed(packed, **arrays)
+  log.write_whole(workdir / "pictures.npz", packed.getvalue())
   path = report_lib.write(workdir)
   for row in rows:
     print(

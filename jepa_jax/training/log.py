@@ -5,17 +5,43 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import sys
 import time
 from typing import Any
 
+from absl import logging
+from etils import epath
 import jax
 from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
 
 _FLUSH_SECONDS = 10  # between two waits for the disk
+
+
+def write_whole(path: os.PathLike[str], data: str | bytes) -> None:
+  """Writes a file that a kill leaves as it was, or whole.
+
+  Args:
+    path: local, or of a bucket, whose objects appear whole anyway.
+    data: all of it; text is written as UTF-8.
+  """
+  data = data.encode() if isinstance(data, str) else data
+  if "://" in os.fspath(path):
+    epath.Path(path).write_bytes(data)
+    return
+  path = pathlib.Path(path)
+  beside = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    with beside.open("wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())  # or a power cut may leave the name alone
+    beside.replace(path)
+  finally:
+    beside.unlink(missing_ok=True)
 
 
 class Log:
@@ -207,16 +233,20 @@ class Run:
     self._started = now.isoformat(timespec="seconds")
     self._before: dict[str, Any] = {}
     if start and self._path.exists():
-      self._before = json.loads(self._path.read_text())
+      try:
+        self._before = dict(json.loads(self._path.read_text()))
+      except (TypeError, ValueError):
+        logging.warning("%s is damaged: its times are lost", self._path)
 
   def write(self, step: int, images_per_second: float | None) -> None:
     """Writes the file; times add up over the starts of the run."""
     if jax.process_index():
       return
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    spec = self._program.state_spec
     sizes = {
       name: sum(leaf.size for leaf in jax.tree.leaves(part))
-      for name, part in self._program.state_spec.params.items()
+      for name, part in (spec.params | spec.frozen).items()
     }
     device = self._program.mesh.devices.flat[0]
     seconds = time.perf_counter() - self._begun
@@ -239,4 +269,4 @@ class Run:
       "packages": {name: importlib.metadata.version(name) for name in packages},
       "python": sys.version.split()[0],
     }
-    self._path.write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(self._path, json.dumps(record, indent=2) + "\n")
