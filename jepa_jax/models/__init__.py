@@ -9,16 +9,14 @@ Axes, here and in every room that builds on this one:
 """
 
 from jepa_jax.models.kernels import Kernels
-from jepa_jax.models.vit import (
-  SIZES,
-  Encoder,
-  Predictor,
+from jepa_jax.models.patches import (
   gather_patches,
   normalize_images,
   patch_grid,
   patchify,
   sincos_positions,
 )
+from jepa_jax.models.vit import SIZES, Encoder, Predictor
 
 __all__ = [
   "Encoder",

@@ -392,11 +392,6 @@ def _split(tree: Any, sizes: list[int], axis: int = 0) -> list[Any]:
   for leaf in leaves:
     # One split, whose transpose is one concatenation: indexing layer by layer
     # would pad and add a full stack of gradients for every layer.
-    parts = jax.lax.split(leaf, sizes, axis=axis)
-    columns.append(
-      [
-        jnp.squeeze(part, axis) if size == 1 else part
-        for part, size in zip(parts, sizes)
-      ]
-    )
+    parts = zip(jax.lax.split(leaf, sizes, axis=axis), sizes)
+    columns.append([x if n > 1 else jnp.squeeze(x, axis) for x, n in parts])
   return [jax.tree.unflatten(structure, part) for part in zip(*columns)]

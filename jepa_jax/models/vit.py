@@ -14,9 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jepa_jax.models import kernels as kernels_lib
+from jepa_jax.models import patches as patches_lib
 from jepa_jax.models import transformer
 
 # Encoder sizes by name; the keys are the arguments of Encoder.
@@ -28,126 +28,6 @@ SIZES: dict[str, dict[str, Any]] = {
   "h": dict(width=1280, depth=32, num_heads=16, mlp_ratio=4.0),
   "g": dict(width=1408, depth=40, num_heads=16, mlp_ratio=48 / 11),
 }
-
-
-def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-  """Rows and columns of the patch grid.
-
-  Args:
-    height: of the image, pixels.
-    width: of the image, pixels.
-    patch_size: side of a square patch, pixels.
-
-  Returns:
-    (h, w).
-
-  Raises:
-    ValueError: the patch size does not divide the image.
-  """
-  for side in (height, width):
-    if patch_size < 1 or side % patch_size:
-      divisors = [p for p in range(2, side + 1) if side % p == 0]
-      nearest = sorted(divisors, key=lambda p: abs(p - patch_size))[:2]
-      raise ValueError(
-        f"image size {side} is not a multiple of patch size {patch_size}; "
-        "nearest patch sizes that divide it: "
-        f"{', '.join(str(p) for p in sorted(nearest))}."
-      )
-  return height // patch_size, width // patch_size
-
-
-def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-  """Cuts images into flattened patches.
-
-  Args:
-    images: [B, H, W, C].
-    patch_size: side of a patch, pixels.
-
-  Returns:
-    [B, N, patch_size * patch_size * C]; patches in row-major order, the
-    pixels of a patch in the order row, column, channel.
-
-  Raises:
-    ValueError: images is not of rank 4, or the patch size does not divide it.
-  """
-  if images.ndim != 4:
-    raise ValueError(
-      f"images have shape {images.shape}; they need to be [B, H, W, C]."
-    )
-  b, height, width, c = images.shape
-  h, w = patch_grid(height, width, patch_size)
-  x = images.reshape(b, h, patch_size, w, patch_size, c)
-  x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, h, w, patch, patch, C]
-  return x.reshape(b, h * w, patch_size * patch_size * c)
-
-
-def normalize_images(
-  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
-) -> jax.Array:
-  """Brings images to zero mean and unit variance, on the device.
-
-  Args:
-    images: [B, H, W, C]; uint8 is normalised, float is taken as normalised.
-    mean: a value a channel, on a scale of 0 to 1.
-    std: a value a channel, on a scale of 0 to 1.
-
-  Returns:
-    [B, H, W, C] float32.
-  """
-  if images.dtype != jnp.uint8:
-    return images.astype(jnp.float32)
-  scale = 1.0 / (255.0 * np.asarray(std, np.float32))
-  shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
-  return images.astype(jnp.float32) * scale - shift
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine position embeddings.
-
-  The first half of the channels encodes the column, the second the row; each
-  half holds the sines of all frequencies, then the cosines.
-
-  Args:
-    grid: (h, w), rows and columns; they need not be equal.
-    width: channels, a multiple of 4.
-
-  Returns:
-    [N, width] float32, row-major.
-
-  Raises:
-    ValueError: width is not a multiple of 4.
-
-  Reference: Vaswani et al. 2017, section 3.5, arXiv:1706.03762, once an axis.
-  """
-  if width % 4:
-    raise ValueError(
-      f"width {width} is not a multiple of 4, as 2-D sine-cosine positions "
-      f"need; nearest: {width - width % 4 or 4}, {width - width % 4 + 4}."
-    )
-  h, w = grid
-  frequencies = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
-  rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
-
-  def encode(positions: np.ndarray) -> np.ndarray:
-    angles = np.outer(positions.reshape(-1), frequencies)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-  return np.concatenate([encode(columns), encode(rows)], axis=1).astype(
-    np.float32
-  )
-
-
-def gather_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks patches by index.
-
-  Args:
-    x: [B, N, ...].
-    ids: [B, *any] integers in [0, N).
-
-  Returns:
-    [B, *any, ...].
-  """
-  return jax.vmap(lambda row, index: row[index])(x, ids)
 
 
 class Encoder(nn.Module):
@@ -227,17 +107,20 @@ class Encoder(nn.Module):
       raise ValueError(
         "got patch_ids and query_ids; query_ids are of whole images alone."
       )
-    grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
-    patches = patchify(images, self.patch_size).astype(self.dtype)
+    grid = patches_lib.patch_grid(
+      images.shape[1], images.shape[2], self.patch_size
+    )
+    patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
     positions = self._positions(grid)
     if patch_ids is not None:
-      patches = gather_patches(patches, patch_ids)  # [B, (S,) K, patch pixels]
+      patches = patches_lib.gather_patches(
+        patches, patch_ids
+      )  # [B, (S,) K, ...]
       positions = positions[patch_ids]
     lead = patches.shape[:-1]
-    x = transformer.Dense(
-      self.width, dtype=self.dtype, kernels=self.kernels, name="patch_embed"
-    )(patches)
-    x = x + positions.astype(self.dtype)
+    compute = dict(dtype=self.dtype, kernels=self.kernels)
+    x = transformer.Dense(self.width, **compute, name="patch_embed")(patches)
+    x += positions.astype(self.dtype)
     x = x.reshape(-1, lead[-1], self.width)  # [B * S, K, D]
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
@@ -245,7 +128,7 @@ class Encoder(nn.Module):
     if query_ids is not None:
       lead = query_ids.shape
       flat_ids = query_ids.reshape(lead[0], -1)
-      select = lambda x: gather_patches(x, flat_ids)
+      select = lambda x: patches_lib.gather_patches(x, flat_ids)
       # Patches may be named several times: all of them may be fewer.
       early = select if flat_ids.shape[1] < x.shape[1] else None
     *outputs, last = transformer.Transformer(
@@ -254,29 +137,25 @@ class Encoder(nn.Module):
       mlp_ratio=self.mlp_ratio,
       dropout=self.dropout,
       drop_path=self.drop_path,
-      dtype=self.dtype,
       scan=self.scan,
       remat=self.remat,
       remat_every=self.remat_every,
       norm_epsilon=self.norm_epsilon,
-      kernels=self.kernels,
+      **compute,
       name="transformer",
     )(x, valid, layers=layers, train=train, select=early)
     if select:
       outputs = [select(y) for y in outputs]
       last = last if early else select(last)
     norm = transformer.LayerNorm(
-      epsilon=self.norm_epsilon,
-      dtype=self.dtype,
-      kernels=self.kernels,
-      name="norm",
+      epsilon=self.norm_epsilon, **compute, name="norm"
     )
     x = jnp.concatenate([norm(y) for y in (*outputs, last)], axis=-1)
     return x.reshape(*lead, layers * self.width)
 
   def _positions(self, grid: tuple[int, int]) -> jax.Array:
     if self.position_grid is None:
-      return jnp.asarray(sincos_positions(grid, self.width))
+      return jnp.asarray(patches_lib.sincos_positions(grid, self.width))
     stored = tuple(self.position_grid)
     if grid != stored:
       raise ValueError(
@@ -285,7 +164,8 @@ class Encoder(nn.Module):
         "the weights with --image_size and --positions bicubic."
       )
     return self.param(
-      "positions", lambda _: jnp.asarray(sincos_positions(grid, self.width))
+      "positions",
+      lambda _: jnp.asarray(patches_lib.sincos_positions(grid, self.width)),
     )
 
 
@@ -348,12 +228,13 @@ class Predictor(nn.Module):
     Returns:
       [B, S, M, T, output_width].
     """
-    dense = functools.partial(
-      transformer.Dense, dtype=self.dtype, kernels=self.kernels
-    )
+    compute = dict(dtype=self.dtype, kernels=self.kernels)
+    dense = functools.partial(transformer.Dense, **compute)
     b, s, k, _ = context.shape
     _, m, t = target_ids.shape
-    positions = jnp.asarray(sincos_positions(grid, self.width), self.dtype)
+    positions = jnp.asarray(
+      patches_lib.sincos_positions(grid, self.width), self.dtype
+    )
     seen = dense(self.width, name="embed")(context) + positions[context_ids]
     # Three axes as in the released code, where only tensors of fewer than two
     # are free of weight decay: the mask token is decayed.
@@ -369,12 +250,10 @@ class Predictor(nn.Module):
 
     def pair(x: jax.Array) -> jax.Array:
       """Each context before each block: [B * S * M, K + T, ...]."""
-      rest = x.shape[2:]
-      left, right = jnp.split(x, [s * k], axis=1)
-      left = left.reshape(b, s, 1, k, *rest)
-      right = right.reshape(b, 1, m, t, *rest)
-      left = jnp.broadcast_to(left, (b, s, m, k, *rest))
-      right = jnp.broadcast_to(right, (b, s, m, t, *rest))
+      (left, right), rest = jnp.split(x, [s * k], axis=1), x.shape[2:]
+      whole = lambda x, t: jnp.broadcast_to(x, (b, s, m, t, *rest))
+      left = whole(left.reshape(b, s, 1, k, *rest), k)
+      right = whole(right.reshape(b, 1, m, t, *rest), t)
       joined = jnp.concatenate([left, right], axis=3)
       return joined.reshape(b * s * m, k + t, *rest)
 
@@ -389,11 +268,10 @@ class Predictor(nn.Module):
       depth=self.depth,
       num_heads=self.num_heads,
       mlp_ratio=self.mlp_ratio,
-      dtype=self.dtype,
       scan=self.scan,
       remat=self.remat,
       remat_every=self.remat_every,
-      kernels=self.kernels,
+      **compute,
       name="transformer",
     )(
       concat(seen, mask_tokens),
@@ -402,8 +280,6 @@ class Predictor(nn.Module):
       expand=pair,
       select=lambda x: x[:, k:],
     )
-    x = transformer.LayerNorm(
-      dtype=self.dtype, kernels=self.kernels, name="norm"
-    )(x)
+    x = transformer.LayerNorm(**compute, name="norm")(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)
