@@ -113,9 +113,8 @@ class Encoder(nn.Module):
     patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
     positions = self._positions(grid)
     if patch_ids is not None:
-      patches = patches_lib.gather_patches(
-        patches, patch_ids
-      )  # [B, (S,) K, ...]
+      # [B, (S,) K, patch pixels]
+      patches = patches_lib.gather_patches(patches, patch_ids)
       positions = positions[patch_ids]
     lead = patches.shape[:-1]
     compute = dict(dtype=self.dtype, kernels=self.kernels)
