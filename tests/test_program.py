@@ -2,7 +2,7 @@
 
 import functools
 
-from conftest import small_config
+from conftest import build, small_config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +15,6 @@ from jepa_jax.training import sharding
 
 OUTSIDE = "outside_objective:Outside"
 OBJECTIVES = [*sorted(objectives.OBJECTIVES), OUTSIDE]
-
-
-def build(config):
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  return program_lib.build(config, mesh)
 
 
 def make_batch(program, seed=0):
@@ -289,14 +284,6 @@ def test_loss_is_the_definition_without_padding(config):
   loss = objective.loss(params, targets, batch, jax.random.key(0), {})
   expected = losses_by_hand(program.objective, params, batch)
   assert float(loss.total / loss.weight) == pytest.approx(expected, rel=1e-4)
-
-
-def test_on_a_cpu_the_context_waits_for_the_targets(config):
-  program = build(config)
-  text = program.step.lower(program.state_spec, program.batch_spec)
-  text = text.compile().as_text()
-  # What it waits for: whether a target's feature is above infinity.
-  assert "constant(inf)" in text and "direction=GT" in text
 
 
 def test_l2_is_the_squared_error():
