@@ -187,7 +187,7 @@ def _several(
 
 
 def after(batch: Any, done: Any) -> Any:
-  """A batch whose integers a CPU makes only when `done` is there.
+  """A batch whose indices a CPU makes only when `done` is there.
 
   XLA's CPU works on whatever is ready, on threads that all devices share. Of
   two networks that do not need each other it may run one device's both first,
@@ -208,7 +208,8 @@ def after(batch: Any, done: Any) -> Any:
   never = sum(x.reshape(x.shape[0], -1)[:, 0] > jnp.inf for x in done)
 
   def wait(x):
-    if not jnp.issubdtype(x.dtype, jnp.integer):
+    # Not pixels: they would be read, and normalised, once more.
+    if not jnp.issubdtype(x.dtype, jnp.signedinteger):
       return x
     return x + never.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
