@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import ml_collections
 
 from jepa_jax import allocator, launch
+from jepa_jax import config as config_lib
 from jepa_jax.training import distributed
 
 EXIT_BAD_INPUT = 2
@@ -87,7 +89,9 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     required=True,
     metavar="FILE[:VARIANT]",
     help="experiment, a Python file with get_config(variant); "
-    "--config.key=value overrides a key",
+    "--config.key=value overrides a key; --config.evaluations.NAME=LABEL adds "
+    "an evaluation, without a label it takes one away, and "
+    "--config.evaluations= all of them",
   )
 
 
@@ -126,11 +130,39 @@ def load_config(
   config = module.get_config(variant) if variant else module.get_config()
   for override in overrides:
     _override(config, override)
+  given = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
+  if given & _DATA_KEYS and "data.num_examples" not in given:
+    config.data.num_examples = 0  # the experiment's are of other data
   return config.lock()
+
+
+# What decides how many images an epoch has.
+_DATA_KEYS = {"data.source", "data.name", "data.split", "data.num_scenes"}
+
+
+def _override_evaluations(
+  config: ml_collections.ConfigDict, name: str, text: str
+) -> None:
+  """ "" takes evaluations, or the one of a name, away; a label adds one."""
+  if not name and text:
+    raise ValueError(
+      f'--config.evaluations is "{text}"; give "" to evaluate nothing, or '
+      "--config.evaluations.NAME=LABEL to add one."
+    )
+  if text:
+    config.evaluations[name] = config_lib.evaluation(text)
+  elif not name:
+    config.evaluations = ml_collections.ConfigDict()
+  else:
+    config_lib.choose("evaluation", name, list(config.evaluations))
+    del config.evaluations[name]
 
 
 def _override(config: ml_collections.ConfigDict, override: str) -> None:
   name, equals, text = override.removeprefix("--config.").partition("=")
+  if equals and re.fullmatch(r"evaluations(\.\w+)?", name):
+    _override_evaluations(config, name.partition(".")[2], text)
+    return
   keys = flatten(config)
   if not equals or name not in keys:
     raise ValueError(

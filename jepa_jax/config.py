@@ -23,7 +23,7 @@ def defaults() -> ml_collections.ConfigDict:
   """Every key there is: ViT-H/14 as released, on ImageNet-1k.
 
   Durations are strings of a number and a unit: "300 epochs", "5000 steps",
-  "1e9 examples".
+  "1e9 examples"; but for the total also "10 %", of the total.
   """
   c = ml_collections.ConfigDict()
   c.seed = 0  # of parameters, order, augmentation and masks
@@ -224,7 +224,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-  """A length of training in one of three units."""
+  """A length of training in one of three units, or in percent of the total."""
 
   amount: float
   unit: str
@@ -233,11 +233,13 @@ class Duration:
   def parse(cls, text: str, key: str) -> "Duration":
     """Reads "300 epochs"; ValueError names the key and the units."""
     match = re.fullmatch(
-      r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s+(step|epoch|example)s?\s*",
+      r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s+(?:(step|epoch|example)s?|%)\s*",
       str(text),
     )
     try:
-      return cls(float(match[1]), match[2] + "s")
+      if key == "total" and not match[2]:
+        match = None  # of itself
+      return cls(float(match[1]), match[2] + "s" if match[2] else "%")
     except (TypeError, ValueError):
       raise ValueError(
         f'{key} is "{text}"; it needs a number and a unit, such as '
@@ -263,6 +265,8 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
   """
   value = _value(config, key)
   duration = Duration.parse(value, key)
+  if duration.unit == "%":
+    return math.floor(duration.amount / 100 * steps(config, "total"))
   if duration.unit == "epochs" and not config.data.num_examples:
     raise ValueError(
       f'{key} is "{value}" but data.num_examples is 0; give the images an '

@@ -497,6 +497,14 @@ def test_what_is_longer_than_nothing_is_at_least_a_step(text, steps):
   assert duration.steps(batch_size=136, num_examples=36) == steps
 
 
+def test_a_warmup_may_be_a_share_of_the_total(config):
+  config.total, config.optimizer.warmup = "37 steps", "10 %"
+  assert config_lib.steps(config, "optimizer.warmup") == 3
+  config.total = "10 %"
+  with pytest.raises(ValueError, match='total is "10 %"; it needs a number'):
+    config_lib.steps(config, "total")
+
+
 def run_command(*arguments):
   return subprocess.run(
     [sys.executable, "-m", "jepa_jax.train", *arguments],

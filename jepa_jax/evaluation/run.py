@@ -74,9 +74,15 @@ def check_data(config: ml_collections.ConfigDict) -> None:
     data = config_lib.evaluation_data(config, settings)
     splits = (settings.train, settings.test)
     for split in splits:
-      dataset = pipeline.evaluation_dataset(
-        data, batch_size=1, split=split, labels=_labels(settings)
-      )
+      try:
+        dataset = pipeline.evaluation_dataset(
+          data, batch_size=1, split=split, labels=_labels(settings)
+        )
+      except ValueError as error:
+        raise ValueError(
+          f"evaluation {name}: {error}. To do without it, give "
+          f"--config.evaluations.{name}="
+        ) from error
       for spec in dataset.element_spec["labels"].values():
         _check_label(name, settings, spec)
     train, test = (sources.open_source(data, split) for split in splits)
