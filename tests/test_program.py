@@ -308,4 +308,8 @@ def test_unknown_objectives_are_named():
     objectives.load("ijepa2")
   with pytest.raises(ValueError, match="cannot be imported"):
     objectives.load("jepa_jax.objectives.ijepa:Nothing")
+  with pytest.raises(ValueError, match="no subclass of Objective"):
+    objectives.load("jepa_jax.objectives.ijepa:normalize_targets")
+  with pytest.raises(ValueError, match="lacks from_config, batch_spec, init, "):
+    objectives.load("jepa_jax.objectives:Objective")
   assert objectives.load("jepa_jax.objectives.ijepa:IJEPA") is ijepa.IJEPA

@@ -154,8 +154,15 @@ def load(name: str) -> type[Objective]:
     )
   module, _, attribute = path.partition(":")
   try:
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ValueError(
       f'objective "{name}" cannot be imported: {error}'
     ) from error
+  if not (isinstance(found, type) and issubclass(found, Objective)):
+    raise ValueError(f'objective "{name}" is no subclass of Objective.')
+  own = set().union(*(vars(c) for c in found.mro() if c is not Objective))
+  needed = ("from_config", "batch_spec", "init", "loss")
+  if missing := [method for method in needed if method not in own]:
+    raise ValueError(f'objective "{name}" lacks {", ".join(missing)}.')
+  return found
