@@ -367,6 +367,15 @@ class Nothing(objectives.Objective):
   def from_config(cls, config, kernels=None):
     return cls()
 
+  def batch_spec(self, batch_size):
+    return {}
+
+  def init(self, rng):
+    return {}
+
+  def loss(self, params, targets, batch, rng, buffers):
+    raise NotImplementedError
+
 
 def test_a_config_of_the_version_before_loads(workdir, tmp_path):  # noqa: F811
   folder, _ = workdir
