@@ -11,12 +11,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from jepa_jax import config as config_lib
 from jepa_jax.convert import checked
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
+from jepa_jax.training import digests
 
 # Network of Weights -> that of the objective, and where its parameters may be.
 _PLACES = {
@@ -41,32 +43,14 @@ def read(path: pathlib.Path, which: str | None, step: int | None) -> Weights:
   Raises:
     ValueError: no such checkpoint, or the networks are not whole.
   """
-  import orbax.checkpoint as ocp
-
   workdir = workdir_of(path)
   config = workdir / "config.json"
   if not config.is_file():
     raise ValueError(f"there is no {config}")
   found = weights_lib.from_config(config_lib.read(config))
-  checkpoint = _checkpoint(path, workdir, step)
-  with checked.readable("a checkpoint"), ocp.PyTreeCheckpointer() as reader:
-    saved = reader.metadata(checkpoint).item_metadata.tree
-    places = _find(saved, which)
-    if found.predictor is None:
-      places.pop("predictor", None)
-    # Only these networks are read: the optimizer's moments stay on disk.
-    item: dict[str, Any] = {}
-    for part, network in places.values():
-      item.setdefault(part, {})[network] = saved[part][network]
-    read_as = ocp.RestoreArgs(restore_type=np.ndarray)
-    restored = reader.restore(
-      checkpoint,
-      args=ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=_map_leaves(item, read_as),
-        partial_restore=True,
-      ),
-    )
+  places, restored = _read_newest(
+    _checkpoints(path, workdir, step), which, found.predictor is not None
+  )
   for name, (part, network) in places.items():
     found.networks[name] = restored[part][network]
   if "predictor" not in places:
@@ -76,10 +60,56 @@ def read(path: pathlib.Path, which: str | None, step: int | None) -> Weights:
   return found
 
 
-def _checkpoint(
+def _read_newest(
+  checkpoints: list[pathlib.Path], which: str | None, predictor: bool
+) -> tuple[dict[str, tuple[str, str]], Any]:
+  """What `_find` says, and those networks, of the first that is undamaged."""
+  for checkpoint in checkpoints:
+    try:
+      with checked.readable("a checkpoint"):
+        return _read(checkpoint, which, predictor)
+    except _NoSuchNetworkError:
+      raise
+    except ValueError as error:
+      text = f"step {checkpoint.name}: {' '.join(str(error).split()):.300}"
+      if checkpoint is checkpoints[-1]:
+        raise ValueError(text) from None
+      logging.error("%s; trying the one before it", text)
+  raise AssertionError("there is at least one checkpoint")
+
+
+def _read(
+  checkpoint: pathlib.Path, which: str | None, predictor: bool
+) -> tuple[dict[str, tuple[str, str]], Any]:
+  import orbax.checkpoint as ocp
+
+  folder = checkpoint / "state"
+  with ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(folder).item_metadata.tree
+    places = _find(saved, which)
+    if not predictor:
+      places.pop("predictor", None)
+    # Only these networks are read: the optimizer's moments stay on disk.
+    item: dict[str, Any] = {}
+    for part, network in places.values():
+      item.setdefault(part, {})[network] = saved[part][network]
+    read_as = ocp.RestoreArgs(restore_type=np.ndarray)
+    restored = reader.restore(
+      folder,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=_map_leaves(item, read_as),
+        partial_restore=True,
+      ),
+    )
+  digests.verify(restored, checkpoint)
+  return places, restored
+
+
+def _checkpoints(
   path: pathlib.Path, workdir: pathlib.Path, step: int | None
-) -> pathlib.Path:
-  """The folder of a step's state, of the newest where step is None."""
+) -> list[pathlib.Path]:
+  """The folder of a step, or of all where step is None, newest first."""
   # A checkpoint that is not whole yet has a longer name.
   steps = sorted(
     int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
@@ -91,8 +121,12 @@ def _checkpoint(
       f"there is no checkpoint{'' if step is None else f' of step {step}'}; "
       f"there are: {', '.join(map(str, steps)) or 'none'}"
     )
-  step = steps[-1] if step is None else step
-  return (workdir / "checkpoints" / str(step) / "state").resolve()
+  wanted = steps[::-1] if step is None else [step]
+  return [(workdir / "checkpoints" / str(s)).resolve() for s in wanted]
+
+
+class _NoSuchNetworkError(ValueError):
+  """What was asked for is not there, however often it is read."""
 
 
 def _find(
@@ -109,7 +143,7 @@ def _find(
   if which == "all":
     return places
   if which not in places:
-    raise ValueError(
+    raise _NoSuchNetworkError(
       f'there is no "{which}" encoder; there are: {", ".join(places)}.'
     )
   return {which: places[which]}

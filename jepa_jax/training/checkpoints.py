@@ -18,6 +18,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jepa_jax.training import digests as digests_lib
 from jepa_jax.training import distributed
 from jepa_jax.training import program as program_lib
 
@@ -29,8 +30,9 @@ class Checkpoints:
   """The checkpoints in a folder.
 
   A kill while saving leaves a folder with a temporary name, which the next
-  start names and removes; what has its final name is whole. With several
-  processes, all of them open the same folder and call the same methods.
+  start names and removes; what has its final name is whole. Each holds the
+  digests of its arrays, so that what the disk changes later is found. With
+  several processes, all of them open the same folder and call the same methods.
   """
 
   def __init__(
@@ -139,10 +141,15 @@ class Checkpoints:
     if not distributed.agree(not self._broken):
       self._saving = None  # nothing was begun
       return
+    parts = _parts(state)
+    record = {"digests": digests_lib.digests(parts)}
     try:
       self._manager.save(
         step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(_parts(state))),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(parts),
+          record=ocp.args.JsonSave(record),
+        ),
         metrics=None if score is None else {"score": score},
         force=True,
       )
@@ -240,30 +247,44 @@ class Checkpoints:
     wanted = [step] if step is not None else steps[::-1]
     reader = self._reader() if distributed.active() else self._manager
     for candidate in wanted:
+      state, error = None, None
       try:
         restored = reader.restore(
           candidate,
           args=ocp.args.Composite(state=ocp.args.StandardRestore(_parts(spec))),
         )
-      except Exception as error:  # Orbax raises many kinds for damaged files.
-        restored = None
+        state = spec.replace(**restored["state"])
+      except Exception as problem:  # Orbax raises many for damaged files.
+        error = problem
+      # Damage may lie in what one process reads and not in what another does.
+      if distributed.agree(error is None):
+        try:
+          self._verify(candidate, state)
+        except ValueError as problem:
+          error = problem
+        if distributed.agree(error is None):
+          return state
+      if error is not None:
         logging.error(
-          "checkpoint %s of %s cannot be read (%s: %s); trying the one "
+          "checkpoint %s of %s cannot be read (%s: %.300s); trying the one "
           "before it",
           candidate,
           self._folder,
           type(error).__name__,
-          str(error).splitlines()[0] if str(error) else "",
+          " ".join(str(error).split()),
         )
-      # Damage may lie in what one process reads and not in what another does.
-      if distributed.agree(restored is not None):
-        return spec.replace(**restored["state"])
     if wanted:
       raise ValueError(
         f"none of the checkpoints {', '.join(map(str, wanted))} in "
         f"{self._folder} can be read; see the log for why."
       )
     return None
+
+  def _verify(self, step: int, state: program_lib.TrainState) -> None:
+    """Raises ValueError if a state is not the one that was saved."""
+    digests_lib.verify(_parts(state), self._folder / str(step))
+    if int(state.step) != step:
+      raise ValueError(f"its state is that of step {int(state.step)}")
 
 
 def _parts(state: program_lib.TrainState) -> dict[str, Any]:
