@@ -122,19 +122,48 @@ def test_attention_and_its_gradient_match_flax(name, dtype, padded, first):
     np.testing.assert_array_equal(seen[1][0][0, 2, 1:], 0)
 
 
-def test_the_mask_that_cudnn_gets_is_whole(monkeypatch):
-  masks = []
+@pytest.mark.parametrize("width", [7, 8, 24])
+@pytest.mark.parametrize("queries, tokens", [(3, 5), (4, 6), (5, 5), (6, 6)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_cudnn_gets_what_it_takes(monkeypatch, padded, queries, tokens, width):
+  given = []
   whole = jax.nn.dot_product_attention
 
-  def attention(*args, mask, implementation):
-    masks.append(mask.shape)
+  def attention(*args, implementation, **settings):
+    given.append((*args, settings["mask"]))
     assert implementation == "cudnn"
-    return whole(*args, mask=mask, implementation="xla")
+    return whole(*args, **settings, implementation="xla")
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-  qkv = jnp.ones((2, 5, 2, 4, 7))
-  gpu.attention(qkv, jnp.ones((2, 5), bool), jnp.ones((2, 3, 4, 7)))
-  assert masks == [(2, 1, 3, 5)]
+  qkv = jax.random.normal(
+    jax.random.key(0), (2, tokens, 3, 4, width), jnp.bfloat16
+  )
+  valid = jnp.arange(tokens) < jnp.asarray([[2], [tokens]]) if padded else None
+  args = qkv[:, :, 1:], valid, qkv[:, :queries, 0]
+  y = gpu.attention(*args)
+  np.testing.assert_allclose(
+    *(np.asarray(x, "float32") for x in (y, PLAIN.attention(*args))), atol=0.03
+  )
+  ((query, key, value, mask),) = given
+  assert query.shape[3] % 8 == query.shape[1] % 2 == key.shape[1] % 2 == 0
+  assert key.shape == value.shape and query.shape[3] == key.shape[3]
+  # Every query has its own row of the mask, and none where nothing needs it.
+  if padded or tokens % 2:
+    assert mask.shape == (2, 1, query.shape[1], key.shape[1])
+  else:
+    assert mask is None
+
+
+@pytest.mark.parametrize(
+  "dtype, width, message",
+  [
+    ("float32", 8, 'float32.*make compute.dtype "bfloat16"'),
+    ("bfloat16", 136, "heads 136 wide.*128"),
+  ],
+)
+def test_what_cudnn_does_not_take_is_said_in_one_line(dtype, width, message):
+  with pytest.raises(ValueError, match=message):
+    gpu.attention(jnp.ones((2, 4, 3, 1, width), dtype))
 
 
 @pytest.mark.parametrize("first", [None, 5])
