@@ -86,7 +86,15 @@ def train_and_evaluate(
       if loop.step < program.total_steps:
         log.say(f"stopped and saved at step {loop.step}")
         return command.EXIT_PREEMPTED
-      rows = evaluation.evaluate(program, loop.state)
+      try:
+        rows = evaluation.evaluate(program, loop.state, check=stopper.interrupt)
+      except distributed.Stopped:
+        log.say(
+          f"stopped in the evaluation: training is done and step {loop.step} "
+          "saved; the same command evaluates it, or python -m "
+          f"jepa_jax.evaluate --workdir {workdir}"
+        )
+        return command.EXIT_PREEMPTED
       log.write(loop.step, evaluation.scores(rows))
     evaluation.report(program, loop.state, rows, workdir)
   distributed.barrier("done")
@@ -214,7 +222,11 @@ def _train(
     if loop.step == end or stopper.stopped:
       return  # what is due then is done after the loop
     if evaluate_every and loop.step % evaluate_every == 0:
-      rows = evaluation.evaluate(program, loop.state)
+      try:
+        rows = evaluation.evaluate(program, loop.state, check=stopper.interrupt)
+      except distributed.Stopped:
+        log.say(f"the evaluation of step {loop.step} is left out")
+        return
       log.write(loop.step, evaluation.scores(rows))
       loop.meter.check()
       checkpoints.save(loop.state, evaluation.best(rows, config))

@@ -14,8 +14,8 @@ from jepa_jax.data import folder as folder_lib
 from jepa_jax.evaluation import encoders, protocols
 from jepa_jax.evaluation import run as evaluation
 from jepa_jax.evaluation.protocols import protocol
+from jepa_jax.training import distributed, sharding
 from jepa_jax.training import program as program_lib
-from jepa_jax.training import sharding
 
 
 @pytest.fixture
@@ -269,3 +269,43 @@ def test_the_best_checkpoint_is_chosen_by_the_row():
 
 def test_protocols_of_shipped_experiments_and_defaults_are_in_the_table():
   assert set(config_lib.evaluation("x").protocols) <= set(protocols.PROTOCOLS)
+
+
+def test_images_that_cannot_be_read_are_counted_aloud(
+  run_config, evaluate, tmp_path, capsys
+):
+  root = noise(tmp_path / "images")
+  broken = [root / "no/000.png", root / "yes/003.png"]
+  for path in broken:
+    path.write_bytes(path.read_bytes()[:60])
+  run_config.evaluations.noise = config_lib.evaluation(
+    "label", source="folder", name=str(root), protocols=("knn",)
+  )
+  run_config.evaluations.noise.baselines = ()
+  run_config.evaluations.noise.features = ("last",)
+  (row,) = evaluate(run_config)
+  assert (row["skipped"], row["n_train"] + row["n_test"]) == (2, 78)
+  said = capsys.readouterr().err
+  assert all(f"skipped unreadable image {path}: " in said for path in broken)
+  assert "leave out" in said and "which cannot be read" in said
+
+
+def test_an_evaluation_ends_between_batches_and_between_probes(
+  run_config, compiled
+):
+  program, state = compiled
+  run_config.evaluations.count = config_lib.evaluation("count")
+  frozen = ml_collections.FrozenConfigDict(run_config)
+  program = dataclasses.replace(program, config=frozen)
+  batches = (240 + 100) // 4
+  for last in (3, batches + 2):
+    calls = []
+
+    def check(calls=calls, last=last):
+      calls.append(1)
+      if len(calls) == last:
+        raise distributed.Stopped
+
+    with pytest.raises(distributed.Stopped):
+      evaluation.evaluate(program, state, check=check)
+    assert len(calls) == last

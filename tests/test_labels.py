@@ -1,3 +1,4 @@
+import re
 import types
 
 import numpy as np
@@ -6,7 +7,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from jepa_jax import config as config_lib
 from jepa_jax.data import labels, pipeline, scenes
+from jepa_jax.evaluation import label_checks
+from jepa_jax.evaluation import run as evaluation
 
 SPECIES = ["newt", "ant", "über-bee"]
 
@@ -25,6 +29,12 @@ class LabelledPictures(tfds.core.GeneratorBasedBuilder):
       "height": tfds.features.Scalar(tf.float64),
       "old": tfds.features.Scalar(tf.bool),
       "tags": tfds.features.Sequence(tf.int64),
+      "words": tfds.features.Sequence(tfds.features.Text()),
+      "kinds": tfds.features.Sequence(
+        tfds.features.ClassLabel(names=["soft", "hard", "odd"])
+      ),
+      "one_hot": tfds.features.Tensor(shape=(3,), dtype=tf.float32),
+      "flags": tfds.features.Tensor(shape=(4,), dtype=tf.bool),
     }
     return tfds.core.DatasetInfo(
       builder=self, features=tfds.features.FeaturesDict(features)
@@ -48,6 +58,10 @@ class LabelledPictures(tfds.core.GeneratorBasedBuilder):
           "height": i / 20,
           "old": i > 7,
           "tags": list(range(i % 3)),
+          "words": ["x", "y"][: i % 3],
+          "kinds": [2, 0][: i % 3],
+          "one_hot": np.eye(3, dtype=np.float32)[i % 3],
+          "flags": [i % 2 == 0, i % 3 == 0, True, False],
         },
       )
 
@@ -144,3 +158,124 @@ def test_the_nearest_object_is_a_number_that_distance_bins():
 def test_only_labels_that_can_be_had_are_named(features, known):
   with pytest.raises(ValueError, match=f'no label "colour"; .*{known}'):
     labels.function("colour")(features)
+
+
+@pytest.mark.parametrize(
+  "label, names, expected",
+  [
+    ("tags", ["0", "1"], lambda i: [i % 3 >= 1, i % 3 == 2]),
+    ("words", ["x", "y"], lambda i: [i % 3 >= 1, i % 3 == 2]),
+    (
+      "kinds",
+      ["soft", "hard", "odd"],
+      lambda i: [i % 3 == 2, False, i % 3 >= 1],
+    ),
+    ("flags", None, lambda i: [i % 2 == 0, i % 3 == 0, True, False]),
+    ("one_hot", None, lambda i: np.eye(3)[i % 3]),
+  ],
+)
+def test_several_classes_an_image_become_a_truth_value_each(
+  data, label, names, expected
+):
+  assert labels.class_names(data, ["train", "test"], label) == names
+  number, found = read(data, "test", label, names={label: names})
+  np.testing.assert_array_equal(
+    found[label], np.asarray([expected(i) for i in number], np.float32)
+  )
+
+
+def test_a_sample_of_labels_is_spread_over_all_images(data):
+  values, whole = labels.sample(data, "train", "number", limit=4)
+  assert not whole and len(values) == 4 and len(set(map(int, values))) == 4
+  values, whole = labels.sample(data, "train", "species")
+  assert whole and set(values) == {name.encode() for name in SPECIES[:2]}
+
+
+# --- evaluations of them ---------------------------------------------------
+
+
+def settings_of(label, protocols, train="train", test="test"):
+  return config_lib.evaluation(
+    label, protocols=protocols, train=train, test=test
+  )
+
+
+@pytest.mark.parametrize(
+  "label, protocol, complaint",
+  [
+    ("height", "linear", "is float32 .* takes classes.*fits \\(ridge\\)"),
+    ("height", "ridge", ""),
+    ("species", "linear", ""),
+    ("species", "ridge", "takes numbers"),
+    ("species", "multilabel", "takes any number of classes"),
+    ("one_hot", "linear", ""),
+    ("one_hot", "multilabel", ""),
+    ("flags", "knn", "classes of 4.*use multilabel"),
+    ("flags", "multilabel", ""),
+    ("words", "multilabel", ""),
+    ("tags", "multilabel", ""),
+    ("kinds", "linear", r"takes classes.*fits \(multilabel\)"),
+    ("old", "linear", ""),
+    ("nothing", "linear", 'no label "nothing"'),
+  ],
+)
+def test_labels_are_held_to_a_protocol_before_any_step(
+  config, data, label, protocol, complaint
+):
+  config.data.update(vars(data))
+  config.evaluations = {"mine": settings_of(label, (protocol,))}
+  if not complaint:
+    return evaluation.check_data(config)
+  with pytest.raises(ValueError, match=complaint) as error:
+    evaluation.check_data(config)
+  assert "mine" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "label, protocol, train, test, line",
+  [
+    ("species", "linear", "train", "test", "5 of 5 test.*über-bee.*as errors"),
+    ("kind", "knn", "train[:1]", "test", "of one class, (soft|hard)"),
+    ("number", "ridge", "train[:1]", "test", "is -?\\d for all 1 images"),
+  ],
+)
+def test_what_is_odd_of_classes_is_one_line(
+  config, data, capsys, label, protocol, train, test, line
+):
+  config.data.update(vars(data))
+  config.evaluations = {"mine": settings_of(label, (protocol,), train, test)}
+  try:
+    evaluation.check_data(config)
+    (said,) = [
+      x for x in capsys.readouterr().err.splitlines() if "learns" not in x
+    ]
+  except ValueError as error:
+    said = str(error)
+  assert re.search(line, said) and "mine" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+  "train, test, line",
+  [
+    ([0, 2, 2, 0], [2], "^no training image of b$"),
+    ([0, 1, 2], [2, 2], "^one training image a class"),
+    ([0, 1, 2, 2], [0, 3, 4, 3], r"^3 of 4 test .* \(3, 4\); they count as e"),
+    ([1, 1, 1], [0, 1], "^all 3 training images are of one class, b; .*2"),
+    ([[0, 1], [1, 0], [0, 1]], [[1, 0]], "^$"),  # one-hot
+  ],
+)
+def test_classes_that_cannot_be_learned_are_one_line(train, test, line):
+  sides = [[np.asarray(x, np.int32) for x in side] for side in (train, test)]
+  try:
+    said = label_checks._classes(
+      *sides, True, list("abc") if "b" in line else None
+    )
+  except ValueError as error:
+    said = [str(error)]
+  assert any(re.search(line, note) for note in said or [""])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_is_refused(bad):
+  with pytest.raises(ValueError, match="1 of 3 images .* no finite number"):
+    label_checks._numbers([1.0, bad, 2.0], False)

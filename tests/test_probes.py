@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from jepa_jax.evaluation import protocols
-from jepa_jax.evaluation.protocols import knn, linear, protocol, ridge
+from jepa_jax.evaluation.protocols import (
+  knn,
+  linear,
+  multilabel,
+  protocol,
+  ridge,
+)
 
 CLASSES = [x for x in protocols.PROTOCOLS.values() if x.label == "class"]
 classifies = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.name)
@@ -349,6 +355,105 @@ def test_ridge_refuses_what_has_no_answer(change, options, message):
     ridge.ridge({**train, **change}, test, **options)
 
 
+# --- several classes --------------------------------------------------------
+
+
+def tagged(count, seed, width=9, noise=1.0):
+  """Features, and for each of 4 classes whether a direction of them is up."""
+  random = np.random.default_rng(seed)
+  features = random.normal(size=(count, width)).astype(np.float32)
+  scores = features @ np.random.default_rng(5).normal(size=(width, 4))
+  scores += noise * random.normal(size=scores.shape) - [0, 1, 2, 3]
+  return {"features": features, "labels": (scores > 0).astype(np.int32)}
+
+
+def test_average_precision_is_that_of_scikit_learn():
+  metrics = pytest.importorskip("sklearn.metrics")
+  random = np.random.default_rng(0)
+  labels = (random.random((57, 5)) < 0.3).astype(int)
+  labels[:, 3] = 0
+  scores = random.integers(0, 9, (57, 5))  # with ties
+  found = multilabel.average_precisions(scores, labels)
+  assert np.isnan(found[3])
+  for k in (0, 1, 2, 4):
+    expected = metrics.average_precision_score(labels[:, k], scores[:, k])
+    assert found[k] == pytest.approx(expected, abs=1e-12)
+
+
+def test_average_precision_by_hand():
+  # Ranks of the class: 1, 3 of 4: (1/1 + 2/3) / 2.
+  scores = np.asarray([[4.0], [3.0], [2.0], [1.0]])
+  labels = np.asarray([[1], [0], [1], [0]])
+  assert multilabel.average_precisions(scores, labels)[0] == pytest.approx(
+    5 / 6
+  )
+
+
+def test_several_classes_are_told_apart_or_stay_at_chance():
+  clear = multilabel.multilabel(
+    tagged(900, 1, noise=0), tagged(300, 2, noise=0)
+  )
+  assert clear["mAP"] > 98 and clear["train_mAP"] > 98
+  assert (clear["n_train"], clear["n_test"], clear["classes"]) == (900, 300, 4)
+  train, test = tagged(900, 1), tagged(900, 2)
+  for examples in (train, test):
+    np.random.default_rng(3).shuffle(examples["labels"])
+  blind = multilabel.multilabel(train, test)
+  assert blind["mAP"] == pytest.approx(blind["chance"], abs=6)
+  assert blind["chance"] == pytest.approx(100 * test["labels"].mean())
+
+
+def test_a_logistic_regression_a_class_agrees_with_scikit_learn():
+  linear_model = pytest.importorskip("sklearn.linear_model")
+  train, test = tagged(307, 1), tagged(211, 2)
+  mean, scale = train["features"].mean(0), train["features"].std(0)
+  found = multilabel.multilabel(train, test, strengths=[1e-2])
+  for k in range(4):
+    model = linear_model.LogisticRegression(C=1 / (307 * 1e-2), tol=1e-8).fit(
+      (train["features"] - mean) / scale, train["labels"][:, k]
+    )
+    said = model.decision_function((test["features"] - mean) / scale)
+    (expected,) = multilabel.average_precisions(
+      said[:, None], test["labels"][:, k : k + 1]
+    )
+    assert found["per_class"][str(k)] == pytest.approx(100 * expected, abs=0.5)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"labels": np.zeros(90, np.int32)}, r"\[images, classes\]"),
+    ({"labels": np.zeros((90, 4), np.int32)}, "no class that only a part"),
+    ({"labels": np.eye(5, dtype=np.int32)[np.arange(90) % 5]}, "same columns"),
+  ],
+)
+def test_what_several_classes_cannot_be_learned_of(change, message):
+  with pytest.raises(ValueError, match=message):
+    multilabel.multilabel({**tagged(90, 1), **change}, tagged(40, 2))
+
+
+@pytest.mark.parametrize(
+  "labels, kind, expected",
+  [
+    ([[0, 1, 0], [1, 0, 0]], "class", [1, 0]),
+    ([[0.0, 1.0], [1.0, 0.0]], "class", [1, 0]),
+    ([[0, 1, 1], [1, 0, 0]], "classes", [[0, 1, 1], [1, 0, 0]]),
+    ([[0, 1, 1], [1, 0, 0]], "class", "2 classes of 3.*use multilabel"),
+    ([[1, 0], [0, 0]], "class", "0 classes of 2"),
+    ([[0.0, 0.25]], "class", "0.25; as classes each needs to be 0 or 1"),
+    ([[0, 7]], "classes", "hold 7;"),
+    ([3, 1], "class", [3, 1]),
+    ([0.5, 0.25], "number", [0.5, 0.25]),
+  ],
+)
+def test_labels_become_what_a_kind_of_protocol_takes(labels, kind, expected):
+  if isinstance(expected, str):
+    with pytest.raises(ValueError, match=expected):
+      protocol.fit(np.asarray(labels), kind)
+  else:
+    assert protocol.fit(np.asarray(labels), kind).tolist() == expected
+
+
 # --- rows -------------------------------------------------------------------
 
 
@@ -371,9 +476,11 @@ NORM = protocol.Protocol(
 
 @pytest.mark.parametrize("row", protocols.PROTOCOLS.values())
 def test_rows_say_what_their_protocols_return(row):
-  make = (
-    numbers if row.label == "number" else (lambda n, s: blobs(n, 5, 3, 1.0, s))
-  )
+  make = {
+    "class": lambda n, seed: blobs(n, 5, 3, 1.0, seed),
+    "classes": tagged,
+    "number": numbers,
+  }[row.label]
   (said,) = protocols.table(
     "x",
     {("trained", "last"): (make(90, 1), make(40, 2))},
@@ -417,7 +524,8 @@ def test_what_is_no_protocol_is_named(name, message):
     (np.int32, 0, {"class", "number", "none"}),
     (np.float32, 0, {"number", "none"}),
     (object, 0, {"class", "none"}),
-    (np.int32, 1, {"none"}),  # several labels an image
+    (np.int32, 1, {"class", "classes", "none"}),  # or one-hot: by its values
+    (object, 1, {"classes", "none"}),
     (np.float32, 3, {"dense", "none"}),
   ],
 )

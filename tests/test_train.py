@@ -15,6 +15,7 @@ import pytest
 
 from jepa_jax import command, evaluate, train
 from jepa_jax import config as config_lib
+from jepa_jax.evaluation import encoders
 from jepa_jax.objectives import ijepa
 from jepa_jax.planning import chips
 from jepa_jax.training import checkpoints, distributed, log
@@ -177,6 +178,47 @@ def test_evaluate_command_reads_a_finished_run(finished, tmp_path, capsys):
   flags |= dict(only="", step=5)
   with pytest.raises(ValueError, match="no checkpoint of step 5.*there are"):
     evaluate.main(type("Flags", (), flags)())
+
+
+def test_a_signal_in_the_final_evaluation_ends_it(
+  finished, run_config, tmp_path, monkeypatch, capsys
+):
+  workdir = shutil.copytree(finished, tmp_path / "run")
+  for name in ("evaluations.json", "report.html"):
+    (workdir / name).unlink()
+  run_config.evaluations.count = config_lib.evaluation("count")
+  run_config.evaluate_every = "4 steps"
+  encode = encoders.pooled
+
+  def interrupted(*arguments):
+    """Encoders that a signal meets at their second batch."""
+    images = []
+
+    def counted(of):
+      def count(batch):
+        images.append(len(batch))
+        if len(images) == 2:
+          signal.raise_signal(signal.SIGTERM)
+        assert len(images) < 9, "goes on after the signal"
+        return of(batch)
+
+      return count
+
+    return {name: counted(of) for name, of in encode(*arguments).items()}
+
+  monkeypatch.setattr(encoders, "pooled", interrupted)
+  assert train.train_and_evaluate(run_config, workdir) == 75
+  said = capsys.readouterr().err
+  assert "training is done and step 6 saved" in said
+  assert not (workdir / "evaluations.json").exists()
+  monkeypatch.undo()
+  assert train.train_and_evaluate(run_config, workdir) == 0
+  said = capsys.readouterr().err  # no terminal: lines
+  assert "features of test: 10/10 images" in said and "probe count: " in said
+  kept = json.loads((workdir / "evaluations.json").read_text())
+  before = json.loads((finished / "evaluations.json").read_text())
+  strip = lambda rows: [{**r, "seconds": 0} for r in rows]
+  assert strip(kept) == strip(before)
 
 
 def test_the_newest_checkpoint_damaged_falls_back(run_config, stopped, caplog):

@@ -110,6 +110,7 @@ class TfdsSource:
 
   def class_names(self, label: str) -> list[str] | None:
     feature = self._features[label] if label in self._features else None
+    feature = getattr(feature, "feature", feature)  # of what a list holds
     named = isinstance(feature, tfds.features.ClassLabel)
     return list(feature.names) if named else None
 

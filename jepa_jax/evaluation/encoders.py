@@ -41,7 +41,7 @@ def pooled(
     layers: how many of the last ones; their features follow one another.
 
   Returns:
-    Name of the encoder -> function.
+    Name of the encoder -> function, "trained" first.
   """
   data = program.config.data
   split = sharding.batch_sharding(program.mesh)
@@ -99,10 +99,9 @@ def random_params(program: Any) -> Any:
   return program.init(program.config.seed).network("encoder")
 
 
-def batch_size(program: Any) -> int:
+def batch_size(config: ml_collections.ConfigDict, mesh: Any) -> int:
   """Images that are encoded at a time: a multiple of the devices."""
-  size = program.mesh.size
-  return max(1, min(256, program.config.batch_size) // size) * size
+  return max(1, min(256, config.batch_size) // mesh.size) * mesh.size
 
 
 def check(config: ml_collections.ConfigDict, networks: Any) -> None:

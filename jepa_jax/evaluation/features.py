@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import tqdm
+
+from jepa_jax.evaluation import progress as progress_lib
 
 SMALL = 28  # images up to this size enter the pixel baseline as they are
 REDUCED = 16  # larger ones are reduced to at most this size
@@ -21,6 +22,7 @@ def extract(
   gather: Callable[[Any], np.ndarray] = np.asarray,
   description: str = "features",
   progress: bool = True,
+  check: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, np.ndarray]]:
   """Encodes every valid image of a data set, in order, by several encoders.
 
@@ -38,7 +40,8 @@ def extract(
     gather: the rows of all processes from those of this one, or from a global
       array; called alike by all of them. B counts this process's rows.
     description: what the progress bar says.
-    progress: whether there is a progress bar.
+    progress: whether it is shown how far it is.
+    check: called after each batch; may raise to end it all.
 
   Returns:
     {"features": {encoder: float32 [n, D]}, "labels": {name: [n, ...]}} on the
@@ -52,8 +55,8 @@ def extract(
     dataset = dataset.as_numpy_iterator()
   rows = _Rows(total)
   pending = None
-  bar = tqdm.tqdm(
-    total=total, desc=description, unit=" images", disable=not progress
+  bar = progress_lib.bar(
+    total=total, desc=description, unit=" images", show=progress
   )
 
   def collect(encoded, batch):
@@ -76,6 +79,7 @@ def extract(
       if pending is not None:
         collect(*pending)
       pending = encoded, batch
+      check()
     if pending is not None:
       collect(*pending)
   return rows.finish(description)

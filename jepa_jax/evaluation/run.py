@@ -4,7 +4,7 @@ With several processes, each reads and encodes its share, and all of them fit
 the same probes on the same features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import io
 import json
@@ -19,12 +19,13 @@ import numpy as np
 from jepa_jax import config as config_lib
 from jepa_jax import objectives
 from jepa_jax.data import labels, pipeline, sources
-from jepa_jax.evaluation import encoders, features, protocols
+from jepa_jax.data import unreadable as unreadable_lib
+from jepa_jax.evaluation import encoders, features, label_checks, protocols
 from jepa_jax.evaluation import pictures as pictures_lib
 from jepa_jax.evaluation import report as report_lib
-from jepa_jax.evaluation.protocols import protocol as protocol_lib
 from jepa_jax.training import distributed, log, sharding
 
+NAMED = 10  # unreadable images that are named, at most
 Rows = list[dict[str, Any]]  # of evaluations.json, see protocols.table
 
 
@@ -76,7 +77,7 @@ def check_data(config: ml_collections.ConfigDict) -> None:
     for split in splits:
       try:
         dataset = pipeline.evaluation_dataset(
-          data, batch_size=1, split=split, labels=_labels(settings)
+          data, batch_size=1, split=split, labels=label_checks.names(settings)
         )
       except ValueError as error:
         raise ValueError(
@@ -84,7 +85,7 @@ def check_data(config: ml_collections.ConfigDict) -> None:
           f"--config.evaluations.{name}="
         ) from error
       for spec in dataset.element_spec["labels"].values():
-        _check_label(name, settings, spec)
+        label_checks.check_type(name, settings, spec)
     train, test = (sources.open_source(data, split) for split in splits)
     if count := sources.shared(train, test):
       raise ValueError(
@@ -92,36 +93,16 @@ def check_data(config: ml_collections.ConfigDict) -> None:
         f'"{splits[1]}" of {_data_name(data)}, which share {count} images; '
         'give it splits apart, such as "train[:90%]" and "train[90%:]".'
       )
+    notes = label_checks.check_values(name, settings, data)
     if not jax.process_index():
       print(
         f"evaluation {name}: learns from {len(train):,} images "
         f"({splits[0]}), is scored on {len(test):,} others ({splits[1]}) of "
         f"{_data_name(data)}",
+        *notes,
+        sep="\n",
         file=sys.stderr,
       )
-
-
-def _check_label(name, settings, spec):
-  """Raises ValueError where a protocol does not take labels [1, ...]."""
-  dtype, rank = spec.dtype.as_numpy_dtype, spec.shape.rank - 1
-  rows = [protocols.find(x) for x in settings.protocols]
-  for row in rows:
-    if not row.takes(dtype, rank):
-      fit = [
-        x.name for x in protocols.PROTOCOLS.values() if x.takes(dtype, rank)
-      ]
-      raise ValueError(
-        f'evaluation {name}: label "{settings.label}" is {spec.dtype.name} of '
-        f"shape {tuple(spec.shape[1:])} an image, and protocol {row.name} "
-        f"takes {protocol_lib.KINDS[row.label]}; take another label or "
-        f"protocols that it fits ({', '.join(fit) or 'none here'})."
-      )
-
-
-def _labels(settings):
-  """Names of the labels to read: none where all protocols do without."""
-  kinds = {protocols.find(x).label for x in settings.protocols}
-  return (settings.label,) if kinds - {"none"} else ()
 
 
 def _data_name(data):
@@ -138,7 +119,11 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def evaluate(
-  program: Any, state: Any, names: Sequence[str] | None = None
+  program: Any,
+  state: Any,
+  names: Sequence[str] | None = None,
+  *,
+  check: Callable[[], None] = lambda: None,
 ) -> Rows:
   """Runs the evaluations of a config.
 
@@ -146,6 +131,7 @@ def evaluate(
     program: training.program.Program.
     state: its TrainState.
     names: which of config.evaluations; None for all.
+    check: called between batches and between probes; may raise to end it all.
 
   Returns:
     A row for every evaluation, protocol, features and encoder; see
@@ -156,13 +142,8 @@ def evaluate(
   """
   config = ml_collections.ConfigDict(program.config)
   names = list(config.evaluations) if names is None else list(names)
-  groups: dict[str, dict[str, Any]] = {}  # evaluations by their data
   for name in names:
     config_lib.choose("evaluation", name, list(config.evaluations))
-    settings = config.evaluations[name]
-    data = config_lib.evaluation_data(config, settings)
-    key = json.dumps(data.to_dict(), sort_keys=True)
-    groups.setdefault(key, {})[name] = settings
   if not names:
     return []
   chosen = [config.evaluations[name] for name in names]
@@ -170,77 +151,142 @@ def evaluate(
     program,
     state,
     {baseline for x in chosen for baseline in x.baselines},
-    max((encoders.LAYERS[k] for x in chosen for k in x.features), default=1),
+    most_layers(chosen),
   )
+  width = program.objective.networks["encoder"].width
+  widths = dict.fromkeys(encode, width)
+  return compare(config, program.mesh, encode, widths, names, check=check)
+
+
+def most_layers(chosen: Sequence[ml_collections.ConfigDict]) -> int:
+  """The most layers that one of some evaluations reads."""
+  return max(
+    (encoders.LAYERS[k] for x in chosen for k in x.features), default=1
+  )
+
+
+def compare(
+  config: ml_collections.ConfigDict,
+  mesh: Any,
+  encode: Mapping[str, Callable[[Any], Any]],
+  widths: Mapping[str, int],
+  names: Sequence[str],
+  *,
+  check: Callable[[], None] = lambda: None,
+) -> Rows:
+  """The evaluations of a config on any encoders.
+
+  Args:
+    config: reads data, evaluations, batch_size and seed.
+    mesh: over whose devices batches are spread.
+    encode: name of an encoder -> function, see encoders.pooled. Names but
+      encoders.BASELINES are in every evaluation, those where it says so.
+    widths: features a layer, by the name of the encoder.
+    names: which of config.evaluations.
+    check: called between batches and between probes; may raise to end it all.
+
+  Returns:
+    See evaluate.
+  """
+  groups: dict[str, dict[str, Any]] = {}  # evaluations by their data
+  for name in names:
+    settings = config.evaluations[name]
+    data = config_lib.evaluation_data(config, settings)
+    key = json.dumps(data.to_dict(), sort_keys=True)
+    groups.setdefault(key, {})[name] = settings
   tables: dict[str, Rows] = {}
   for members in groups.values():
-    tables |= _evaluate_one_data_set(program, encode, members)
+    tables |= _on_one_data_set(config, mesh, encode, widths, members, check)
   return [row for name in names for row in tables[name]]
 
 
-def _evaluate_one_data_set(program, encode, members):
+def _on_one_data_set(config, mesh, encode, widths, members, check):
   """Rows by evaluation; all members read the same data set."""
-  config = ml_collections.ConfigDict(program.config)
   data = config_lib.evaluation_data(config, next(iter(members.values())))
-  progress = sys.stderr.isatty() and not jax.process_index()
   splits: dict[str, set[str]] = {}  # and the labels that are read of each
   for settings in members.values():
     for split in (settings.train, settings.test):
-      splits.setdefault(split, set()).update(_labels(settings))
+      splits.setdefault(split, set()).update(label_checks.names(settings))
   names = {
     label: labels.class_names(data, list(splits), label)
     for label in sorted(set().union(*splits.values()))
   }
-  found = {}
-  for split, wanted in splits.items():
-    dataset = pipeline.evaluation_dataset(
+  found = {
+    split: _features(config, mesh, encode, data, split, wanted, names, check)
+    for split, wanted in splits.items()
+  }
+  tables = {
+    name: protocols.table(
+      name,
+      _examples(settings, found, widths),
+      [protocols.find(protocol) for protocol in settings.protocols],
+      names=names.get(settings.label),
+      seed=config.seed,
+      progress=not jax.process_index(),
+      check=check,
+    )
+    for name, settings in members.items()
+  }
+  for name, settings in members.items():
+    splits = (settings.train, settings.test)
+    if skipped := sum(found[split]["skipped"] for split in splits):
+      for row in tables[name]:
+        row["skipped"] = skipped
+  return tables
+
+
+def _features(config, mesh, encode, data, split, wanted, names, check):
+  """Features and labels of a split, and how many images it lacks."""
+  unreadable = unreadable_lib.Unreadable(data.max_unreadable)
+  total = pipeline.num_examples(data, split)
+  found = features.extract(
+    encode,
+    pipeline.evaluation_dataset(
       data,
-      batch_size=encoders.batch_size(program),
+      batch_size=encoders.batch_size(config, mesh),
       split=split,
       labels=sorted(wanted),
       names=names,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      unreadable=unreadable,
+    ),
+    gather=functools.partial(
+      distributed.gather, sharding=sharding.batch_sharding(mesh)
+    ),
+    total=total,
+    description=f"features of {split}",
+    progress=not jax.process_index(),
+    check=check,
+  )
+  for name, why in list(unreadable.reasons.items())[:NAMED]:
+    print(f"skipped unreadable image {name}: {why}", file=sys.stderr)
+  missing = total - len(next(iter(found["features"].values())))
+  if missing and not jax.process_index():
+    print(
+      f"evaluations leave out {missing} of {total:,} images of {split}, which "
+      "cannot be read",
+      file=sys.stderr,
     )
-    found[split] = features.extract(
-      encode,
-      dataset,
-      gather=functools.partial(
-        distributed.gather, sharding=sharding.batch_sharding(program.mesh)
-      ),
-      total=pipeline.num_examples(data, split),
-      description=f"features of {split}",
-      progress=progress,
-    )
-  width = program.objective.networks["encoder"].width
-  return {
-    name: protocols.table(
-      name,
-      _examples(settings, found, width),
-      [protocols.find(protocol) for protocol in settings.protocols],
-      names=names.get(settings.label),
-      seed=config.seed,
-      progress=progress,
-    )
-    for name, settings in members.items()
-  }
+  return {**found, "skipped": missing}
 
 
-def _examples(settings, found, width):
+def _examples(settings, found, widths):
   """{(encoder, kind of features): (train, test)} of an evaluation."""
 
   def side(split, encoder, kind):
-    columns = encoders.columns(kind, width)
+    columns = encoders.columns(kind, widths[encoder])
     side = {"features": found[split]["features"][encoder][:, columns]}
-    if _labels(settings):
+    if label_checks.names(settings):
       side["labels"] = found[split]["labels"][settings.label]
     return side
 
+  main = [name for name in widths if name not in encoders.BASELINES]
   return {
     (encoder, kind): tuple(
       side(split, encoder, kind) for split in (settings.train, settings.test)
     )
-    for encoder in ("trained", *settings.baselines)
+    for encoder in (*main, *settings.baselines)
     for kind in (("pixels",) if encoder == "pixels" else settings.features)
   }
 

@@ -292,6 +292,10 @@ def end_signals() -> set[signal.Signals]:
   return {n for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
 
+class Stopped(Exception):
+  """A signal has ended something that can be done again."""
+
+
 class Stopper:
   """Notes a signal to end, so that all processes stop after one step.
 
@@ -327,6 +331,15 @@ class Stopper:
 
       self.stopped |= multihost_utils.reached_preemption_sync_point(step)
     return self.stopped
+
+  def interrupt(self) -> None:
+    """Raises Stopped after a signal; for work between two steps.
+
+    With several processes a signal waits for the next step: all of them have
+    to stop at the same place.
+    """
+    if self.stopped:
+      raise Stopped
 
   def _stop(self, number: int, frame: Any) -> None:
     del frame

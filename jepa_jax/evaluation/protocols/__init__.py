@@ -10,18 +10,23 @@ trained encoder, on the same architecture with random parameters, and on raw
 pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import importlib
 import time
 from typing import Any
 
-import tqdm
-
-from jepa_jax.evaluation.protocols import knn, linear, protocol, ridge
+from jepa_jax.evaluation import progress as progress_lib
+from jepa_jax.evaluation.protocols import (
+  knn,
+  linear,
+  multilabel,
+  protocol,
+  ridge,
+)
 
 PROTOCOLS: dict[str, protocol.Protocol] = {
-  row.name: row for row in (linear.ROW, knn.ROW, ridge.ROW)
+  row.name: row for row in (linear.ROW, knn.ROW, ridge.ROW, multilabel.ROW)
 }
 
 
@@ -67,6 +72,7 @@ def table(
   names: Sequence[str] | None = None,
   seed: int = 0,
   progress: bool = True,
+  check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
   """The same protocols on the features of several encoders.
 
@@ -77,7 +83,8 @@ def table(
     rows: the protocols.
     names: of the classes, by label, where they have any.
     seed: passed to each protocol.
-    progress: whether there is a progress bar.
+    progress: whether it is shown how far it is.
+    check: called before each probe; may raise to end it all.
 
   Returns:
     Plain Python values, ready for JSON, a dict for each protocol and encoder:
@@ -90,13 +97,18 @@ def table(
   """
   result = []
   jobs = [(row, *key) for row in rows for key in encoders]
-  bar = tqdm.tqdm(jobs, desc=f"probe {evaluation}", disable=not progress)
+  bar = progress_lib.bar(
+    jobs, desc=f"probe {evaluation}", unit=" fits", show=progress
+  )
   for row, encoder, features in bar:
     train, test = encoders[encoder, features]
-    bar.set_postfix_str(f"{row.name} {encoder} {features}")
+    check()
+    bar.set_postfix_str(f"{row.name} {encoder} {features}", refresh=False)
     started = time.perf_counter()
     try:
-      metrics = row.run(train, test, seed=seed)
+      metrics = row.run(
+        *(_fitted(side, row.label) for side in (train, test)), seed=seed
+      )
     except ValueError as error:
       raise ValueError(
         f"{evaluation}, {row.name} on {encoder} {features}: {error}"
@@ -126,3 +138,10 @@ def table(
       }
     )
   return result
+
+
+def _fitted(examples, kind):
+  """Examples with labels as that kind of protocol takes them."""
+  if kind == "none" or "labels" not in examples:
+    return {k: v for k, v in examples.items() if k != "labels"}
+  return {**examples, "labels": protocol.fit(examples["labels"], kind)}

@@ -28,7 +28,7 @@ def accuracies(
     top1; top5 with more than 5 classes; standard_error of top1 over the test
     images; majority, the top1 of always saying the commonest class of train;
     per_class, {label: percent}, with at most PER_CLASS classes; n_train,
-    n_test, classes.
+    n_test, classes; unseen, test images of a class that train lacks, if any.
   """
   labels = np.asarray(test["labels"])
   ranked = classes[np.argsort(-scores, axis=1, kind="stable")[:, :5]]
@@ -43,6 +43,8 @@ def accuracies(
     "n_test": len(labels),
     "classes": len(classes),
   }
+  if unseen := int(np.sum(~np.isin(labels, seen))):
+    result["unseen"] = unseen
   if len(classes) > 5:
     result["top5"] = percent(right.any(axis=1))
   if len(classes) <= PER_CLASS:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from scipy import optimize
 
 from jepa_jax.evaluation import features
@@ -75,7 +76,7 @@ def linear_probe(
   mean, scale = features.statistics(train["features"])
   inputs = jnp.asarray((train["features"] - mean) / scale)
   held_out = _stratified(targets, holdout, seed)
-  fit = _Regression(inputs, targets, len(classes), max_iterations, tolerance)
+  fit = Regression(inputs, targets, len(classes), max_iterations, tolerance)
 
   scores, solutions = {}, {}
   if len(strengths) > 1 and held_out.any():
@@ -84,10 +85,10 @@ def linear_probe(
   parameters, outcome = fit(
     np.ones(len(targets), bool), best, solutions.get(best)
   )
-  logits = _logits((test["features"] - mean) / scale, *parameters)
-  fitted = np.argmax(_logits(inputs, *parameters), axis=1)
+  scores_of_test = logits((test["features"] - mean) / scale, *parameters)
+  fitted = np.argmax(logits(inputs, *parameters), axis=1)
   return {
-    **accuracy.accuracies(logits, classes, train, test),
+    **accuracy.accuracies(scores_of_test, classes, train, test),
     "train_top1": accuracy.percent(fitted == targets),
     "holdout_top1": scores.get(best),
     "strength": best,
@@ -103,7 +104,7 @@ def _along_path(fit, strengths, inputs, targets, held_out):
   for strength in sorted(strengths, reverse=True):
     parameters, _ = fit(~held_out, strength, parameters)
     solutions[strength] = parameters
-    predicted = np.argmax(_logits(inputs, *parameters), axis=1)
+    predicted = np.argmax(logits(inputs, *parameters), axis=1)
     score = accuracy.percent((predicted == targets)[held_out])
     improved = score > max(scores.values(), default=-1)
     since_best = 0 if improved else since_best + 1
@@ -113,7 +114,7 @@ def _along_path(fit, strengths, inputs, targets, held_out):
   return scores, solutions
 
 
-class _Regression:
+class Regression:
   """Fits [D, K] weights and a [K] bias; one compilation for all its fits.
 
   L-BFGS runs on the host in float64 (SciPy), loss and gradient on the device.
@@ -122,9 +123,13 @@ class _Regression:
   1/s_d^2 = variance_d / 4 + strength, about the curvature along each.
   """
 
-  def __init__(self, inputs, targets, classes, max_iterations, tolerance):
-    self.inputs = inputs  # [n, D]
+  def __init__(
+    self, inputs, targets, classes, max_iterations, tolerance, loss=None
+  ):
+    """Takes inputs [n, D], targets [n, ...] and (logits, targets) -> [n]."""
+    self.inputs = inputs
     self.targets = jnp.asarray(targets, jnp.int32)
+    self.loss = loss or optax.softmax_cross_entropy_with_integer_labels
     self.shape = (inputs.shape[1], classes)
     self.options = {"maxiter": max_iterations, "maxfun": 5 * max_iterations}
     self.options |= {"gtol": tolerance, "ftol": 1e-9, "maxcor": 10}
@@ -152,6 +157,7 @@ class _Regression:
         self.inputs,
         self.targets,
         shares,
+        self.loss,
       )
       return float(loss), np.concatenate(
         [np.asarray(g, np.float64).ravel() for g in gradients]
@@ -177,21 +183,22 @@ def _principal_axes(inputs):
   return jnp.maximum(variances, 0), axes
 
 
-@jax.jit
-@functools.partial(jax.value_and_grad)
-def _objective(parameters, axes, scales, strength, inputs, targets, shares):
-  """Cross-entropy under `shares` [n] (they sum to 1), with the penalty."""
+@functools.partial(jax.jit, static_argnums=7)
+@jax.value_and_grad
+def _objective(
+  parameters, axes, scales, strength, inputs, targets, shares, loss
+):
+  """The loss under `shares` [n] (they sum to 1), with the penalty."""
   weights, bias = parameters
   weights = scales[:, None] * weights
   with jax.default_matmul_precision("float32"):
-    logits = inputs @ (axes @ weights) + bias  # [n, K]
-  log_shares = jax.nn.log_softmax(logits)
-  chosen = jnp.take_along_axis(log_shares, targets[:, None], axis=1)[:, 0]
+    said = inputs @ (axes @ weights) + bias  # [n, K]
   penalty = 0.5 * strength * jnp.sum(jnp.square(weights))  # axes keep lengths
-  return penalty - jnp.sum(shares * chosen)
+  return penalty + jnp.sum(shares * loss(said, targets))
 
 
-def _logits(inputs, weights, bias):
+def logits(inputs: Any, weights: Any, bias: Any) -> np.ndarray:
+  """Scores [n, K] of standardised features [n, D]."""
   return np.asarray(inputs, np.float32) @ np.asarray(weights) + np.asarray(bias)
 
 

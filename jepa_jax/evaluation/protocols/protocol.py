@@ -10,7 +10,8 @@ Examples = Mapping[str, np.ndarray]  # {"features": [n, D], "labels": [n]}
 
 # Kind of label -> what it is, for messages.
 KINDS = {
-  "class": "classes: integers or text, one an image",
+  "class": "classes: integers or text, one an image, or one-hot [classes]",
+  "classes": "any number of classes an image: 0 or 1 [classes], or a list",
   "number": "numbers: floats or integers, one an image",
   "dense": "maps: numbers [height, width, ...] an image",
   "none": "no label",
@@ -54,11 +55,48 @@ class Protocol:
     dtype = np.dtype(dtype)
     number = dtype.kind in "iuf"
     return {
-      "class": rank == 0 and dtype.kind in "iubSUO",
+      "class": rank == 0 and dtype.kind in "iubSUO" or rank == 1 and number,
+      "classes": rank == 1 and (number or dtype.kind in "SUO"),
       "number": rank == 0 and number,
       "dense": rank >= 2 and number,
       "none": True,
     }[self.label]
+
+
+def fit(labels: np.ndarray, kind: str) -> np.ndarray:
+  """Labels as the protocols of a kind take them.
+
+  Args:
+    labels: [n, ...].
+    kind: one of KINDS.
+
+  Returns:
+    Of "class" integers [n], also where they are one-hot; of "classes" int32
+    [n, K]; else the labels.
+
+  Raises:
+    ValueError: an image has none or several classes where it needs one, or
+      something else than 0 or 1 where that says which classes it has.
+  """
+  labels = np.asarray(labels)
+  if kind not in ("class", "classes") or labels.ndim != 2:
+    return labels
+  if not np.isin(labels, (0, 1)).all():
+    odd = labels[~np.isin(labels, (0, 1))].ravel()[0]
+    raise ValueError(
+      f"labels of {labels.shape[1]} values an image hold {odd:g}; as classes "
+      "each needs to be 0 or 1; take another label."
+    )
+  counts = labels.sum(axis=1)
+  if kind == "classes":
+    return labels.astype(np.int32)
+  if (counts != 1).any():
+    row = int(np.argmax(counts != 1))
+    raise ValueError(
+      f"an image has {counts[row]:g} classes of {labels.shape[1]}, and this "
+      "protocol takes one an image; use multilabel, for any number of them."
+    )
+  return labels.argmax(axis=1).astype(np.int32)
 
 
 def check(train: Examples, test: Examples, kind: str) -> None:
@@ -66,17 +104,23 @@ def check(train: Examples, test: Examples, kind: str) -> None:
 
   Args:
     train, test: what a protocol was given.
-    kind: "class" or "number".
+    kind: "class", "classes" (labels [n, K]) or "number".
   """
   for name, examples in (("train", train), ("test", test)):
     features, labels = examples["features"], np.asarray(examples["labels"])
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
+    axes, rank = "[images]", 1
+    if kind == "classes":
+      axes, rank = "[images, classes]", 2
+    if (
+      features.ndim != 2 or labels.ndim != rank or len(labels) != len(features)
+    ):
       raise ValueError(
         f"{name} features {features.shape} and labels {labels.shape} do not "
-        "fit; a probe needs [images, features] and [images]."
+        f"fit; a probe needs [images, features] and {axes}."
       )
     kinds, words, task = {
       "class": ("iu", "integers", "a classification"),
+      "classes": ("iu", "integers", "a classification"),
       "number": ("iuf", "numbers", "a regression"),
     }[kind]
     if not len(labels) or labels.dtype.kind not in kinds:
