@@ -3,20 +3,18 @@
     python docs/generate.py          # writes them
     python docs/generate.py --check  # says which are not current, and exits 1
 
-config.md has every key of jepa_jax.config with its default and its comment,
+config.md has every key of jepa_jax.config_table with its default and values,
 api.md the public names of MODULES with their docstrings, and index.md the
-README for the site. All are read from the source; only the defaults of the
-configuration are computed.
+README for the site. All but the keys are read from the source.
 """
 
 import argparse
 import ast
-import io
 import pathlib
 import re
 import sys
 import textwrap
-import tokenize
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -33,6 +31,7 @@ MODULES = (
   "jepa_jax.objectives",
   "jepa_jax.objectives.ijepa",
   "jepa_jax.config",
+  "jepa_jax.keys",
   "jepa_jax.data.pipeline",
   "jepa_jax.data.scenes",
   "jepa_jax.training.program",
@@ -54,6 +53,7 @@ An experiment starts from these defaults and changes what it wants to; the
 command line overrides any key, as in `--config.batch_size=256`. A key that does
 not exist ends in one line that names the nearest.
 """
+_HEAD = "| key | default | values | what |\n|---|---|---|---|\n"
 _API = """\
 What a program outside may import. `jepa_jax.load`, `Pretrained` and
 `warm_start` are those of `jepa_jax.pretrained`. Axes: B batch, H W pixels, C
@@ -75,75 +75,46 @@ def source_of(module: str) -> pathlib.Path:
 # config.md
 
 
-def comments(function: ast.FunctionDef, text: str) -> dict[str, str]:
-  """Dotted key -> the comments above and beside its assignment `c.key = `."""
-  alone, beside = {}, {}  # line -> comment
-  for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    if token.type == tokenize.COMMENT:
-      place = beside if token.line[: token.start[1]].strip() else alone
-      place[token.start[0]] = token.string.lstrip("# ")
-  found: dict[str, str] = {}
-  for node in function.body:
-    if isinstance(node, (ast.Assign, ast.AugAssign)):
-      target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-      key = ast.unparse(target)
-    else:
-      continue
-    said, line = [beside.get(node.end_lineno, "")], node.lineno - 1
-    while line in alone:
-      said.insert(0, alone[line])
-      line -= 1
-    if key.startswith("c.") and not found.get(key[2:]):
-      found[key[2:]] = " ".join(said).strip()
-  return found
-
-
 def config_page() -> str:
-  """Every key with its default and what is said of it."""
-  from jepa_jax import command, config
+  """Every key with its default, the values it takes and what it is."""
+  from jepa_jax import config, config_table, objectives
 
-  path = source_of("jepa_jax.config")
-  text = path.read_text()
   functions = {
     node.name: node
-    for node in ast.parse(text).body
+    for node in ast.parse(source_of("jepa_jax.config").read_text()).body
     if isinstance(node, ast.FunctionDef)
   }
-  said = comments(functions["defaults"], text)
-  page = [_MADE, "# Configuration\n"]
-  page.append(_CONFIG)
-  page.append(prose(ast.get_docstring(functions["defaults"])) + "\n")
-  groups: dict[str, list[str]] = {}
-  leaves = command.flatten(config.defaults())
-  if missing := [key for key in leaves if not said.get(key)]:
-    raise ValueError(f"{path}: say in a comment what {missing} are.")
-  for key in sorted(leaves, key=list(said).index):
-    group = key.rpartition(".")[0]
-    groups.setdefault(group, []).append(row(key, leaves[key], said[key]))
+  page = [_MADE, "# Configuration\n", _CONFIG]
+  page.append(docstring(functions["defaults"]))
+  groups: dict[str, list[str]] = {group: [] for group in ("", "method")}
+  for name, key in config_table.KEYS.items():
+    groups.setdefault(name.rpartition(".")[0], []).append(row(name, key))
+  # In the order of the table, with those of other objectives at its end.
+  groups["method"] = groups.pop("method") + [
+    row(f"method.{name}", key)
+    for objective in objectives.OBJECTIVES
+    for name, key in config.method_keys(objective).items()
+  ]
+  groups["evaluations"] = [
+    row(f"evaluations.NAME.{name}", key)
+    for name, key in config_table.EVALUATION.items()
+  ]
   for group, rows in groups.items():
     page.append(f"## {group or 'The run'}\n")
-    if group and said.get(group):
-      page.append(_sentence(said[group]) + "\n")
-    page.append("| key | default | what |\n|---|---|---|\n" + "".join(rows))
-  page.append("## evaluations\n")
-  page.append(_sentence(said["evaluations"]) + "\n")
-  page.append(docstring(functions["evaluation"]))
-  settings = config.evaluation("count").to_dict()
-  said = comments(functions["evaluation"], text)
-  page.append("| key | default | what |\n|---|---|---|\n")
-  page[-1] += "".join(
-    row(f"evaluations.NAME.{key}", value, said.get(key, ""))
-    for key, value in settings.items()
-    if said.get(key)
-  )
+    if group in config_table.GROUPS:
+      page.append(_sentence(config_table.GROUPS[group]) + "\n")
+    if group == "evaluations":
+      page.append(docstring(functions["evaluation"]))
+    if rows:
+      page.append(_HEAD + "".join(rows))
   return "\n".join(page)
 
 
-def row(key: str, default: object, what: str) -> str:
+def row(name: str, key: Any) -> str:
   """A line of a table of keys."""
-  shown = f"{default!r}".replace("|", "\\|")
-  what = _sentence(what.replace("|", "\\|")).rstrip(".")
-  return f"| `{key}` | `{shown}` | {what} |\n"
+  cells = (f"`{name}`", f"`{key.default!r}`", str(key.kind), _sentence(key.doc))
+  escaped = [cell.rstrip(".").replace("|", "\\|") for cell in cells]
+  return f"| {' | '.join(escaped)} |\n"
 
 
 def _sentence(text: str) -> str:

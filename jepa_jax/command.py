@@ -6,20 +6,17 @@ and exit code 2, without a traceback.
 """
 
 import argparse
-import ast
 from collections.abc import Callable
-import difflib
 import importlib.util
 import os
 import pathlib
 import re
 import sys
 import traceback
-from typing import Any
 
 import ml_collections
 
-from jepa_jax import allocator, launch
+from jepa_jax import allocator, keys, launch
 from jepa_jax import config as config_lib
 from jepa_jax.training import distributed
 
@@ -47,7 +44,7 @@ def run(
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown or (overrides and not hasattr(arguments, "config")):
       known = [o for a in parser._actions for o in a.option_strings]
-      raise ValueError(_unknown("flag", (unknown or overrides)[0], known))
+      raise keys.unknown("flag", (unknown or overrides)[0], known)
     if hasattr(arguments, "config"):
       arguments.config = load_config(arguments.config, overrides)
     if tune_allocator:
@@ -128,8 +125,14 @@ def load_config(
   if not hasattr(module, "get_config"):
     raise ValueError(f'config file "{file}" defines no get_config().')
   config = module.get_config(variant) if variant else module.get_config()
-  for override in overrides:
+  config_lib.check_names(config)
+  # The objective first, for it decides which other keys there are.
+  first = lambda override: not override.startswith("--config.objective=")
+  for override in sorted(overrides, key=first):
+    if first(override):
+      config_lib.fill_method(config)
     _override(config, override)
+  config_lib.fill_method(config)
   given = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
   if given & _DATA_KEYS and "data.num_examples" not in given:
     config.data.num_examples = 0  # the experiment's are of other data
@@ -163,53 +166,15 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
   if equals and re.fullmatch(r"evaluations(\.\w+)?", name):
     _override_evaluations(config, name.partition(".")[2], text)
     return
-  keys = flatten(config)
-  if not equals or name not in keys:
-    raise ValueError(
-      f"{override} needs a value: --config.{name}=..."
-      if not equals
-      else _unknown("config key", name, list(keys))
-    )
-  old = keys[name]
-  try:
-    if isinstance(old, str):
-      value: Any = text
-    elif isinstance(old, bool):
-      value = {"true": True, "1": True, "false": False, "0": False}[
-        text.lower()
-      ]
-    else:
-      value = ast.literal_eval(text)
-      if isinstance(old, tuple):
-        value = tuple(value)
-      elif isinstance(old, int) and isinstance(value, float):
-        value = int(value) if value.is_integer() else value
-    *parents, leaf = name.split(".")
-    node = config
-    for parent in parents:
-      node = node[parent]
+  known = config_lib.keys_of(config)
+  if not equals:
+    raise ValueError(f"{override} needs a value: --config.{name}=...")
+  if name not in known:
+    raise keys.unknown("config key", name, list(known))
+  value = keys.read(known[name].kind, f"--config.{name}", text)
+  *parents, leaf = name.split(".")
+  node = config
+  for parent in parents:
+    node = node[parent]
+  with config.ignore_type():  # the kind has seen to it
     node[leaf] = value
-  except (KeyError, SyntaxError, TypeError, ValueError):
-    raise ValueError(
-      f'--config.{name} is "{text}"; it needs a value of type '
-      f"{type(old).__name__}, such as {old!r}."
-    ) from None
-
-
-def flatten(
-  config: ml_collections.ConfigDict | dict[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-  """Dotted key -> value of every leaf."""
-  leaves: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, (ml_collections.ConfigDict, dict)):
-      leaves.update(flatten(value, f"{prefix}{key}."))
-    else:
-      leaves[prefix + key] = value
-  return leaves
-
-
-def _unknown(what: str, name: str, known: list[str]) -> str:
-  near = difflib.get_close_matches(name.split("=")[0], known, n=3, cutoff=0.5)
-  hint = f"nearest: {', '.join(near)}." if near else f"known: {known}."
-  return f'unknown {what} "{name}"; {hint}'

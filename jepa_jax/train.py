@@ -257,12 +257,12 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
   if not path.exists():
     return
   try:
-    old = command.flatten(describe(config_lib.read(path)))
+    old = config_lib.flatten(describe(config_lib.read(path)))
   except ValueError:
     raise ValueError(
       f"{path} cannot be read; remove it or use another workdir."
     ) from None
-  new = command.flatten(claim)
+  new = config_lib.flatten(claim)
   changed = [
     f"{key}={old.get(key)!r} there, {new.get(key)!r} here"
     for key in sorted(old.keys() | new.keys())

@@ -1,24 +1,31 @@
 """An objective of somebody else: all of the contract, none of the package.
 
 Labels are learned beside the features of a frozen random encoder, from which a
-running mean is taken. Named in a config as "outside_objective:Outside".
+running mean is taken. Two settings are its own. Named in a config as
+"outside_objective:Outside".
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_jax import models, objectives
+from jepa_jax import keys, models, objectives
 
 
 @dataclasses.dataclass(frozen=True)
 class Outside(objectives.Objective):
   encoder: models.Encoder
   image_shape: tuple[int, int, int]
-  classes: int = 11
+  classes: int
+  keep: float
   frozen: tuple[str, ...] = ("teacher",)
+  keys: ClassVar = {
+    "classes": keys.Key(11, keys.whole(2, 1000), "of the labels"),
+    "keep": keys.Key(0.9, keys.number(0.0, 1.0), "of the mean, every step"),
+  }
 
   @classmethod
   def from_config(cls, config, kernels=None):
@@ -29,7 +36,8 @@ class Outside(objectives.Objective):
       scan=compute.scan,
       **({} if kernels is None else {"kernels": kernels}),
     )
-    return cls(encoder, (data.image_size, data.image_size, data.channels))
+    shape = (data.image_size, data.image_size, data.channels)
+    return cls(encoder, shape, config.method.classes, config.method.keep)
 
   @property
   def networks(self):
@@ -43,13 +51,13 @@ class Outside(objectives.Objective):
     }
 
   def init(self, rng):
-    keys = jax.random.split(rng, 3)
+    rngs = jax.random.split(rng, 3)
     images = jnp.zeros((1, *self.image_shape))
     features = jnp.zeros((1, self.encoder.width))
     inputs = {"encoder": images, "teacher": images, "head": features}
     return {
       name: self.networks[name].init(key, inputs[name])["params"]
-      for key, name in zip(keys, inputs)
+      for key, name in zip(rngs, inputs)
     }
 
   def averaged(self, params):
@@ -79,7 +87,8 @@ class Outside(objectives.Objective):
     log_shares = jax.nn.log_softmax(logits)
     label = batch["label"] % self.classes
     right = jnp.take_along_axis(log_shares, label[:, None], axis=1)
-    centre = 0.9 * buffers["centre"] + 0.1 * features.mean(axis=0)
+    new = features.mean(axis=0)
+    centre = self.keep * buffers["centre"] + (1 - self.keep) * new
     return objectives.Loss(
       total=jnp.square(pooled - centred).mean(axis=1).sum() - right.sum(),
       weight=jnp.float32(len(label)),

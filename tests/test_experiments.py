@@ -100,9 +100,12 @@ def test_overrides_reach_every_type():
   "override, message",
   [
     ("--config.dat.flip=true", "nearest: data.flip"),
-    ("--config.data.flip=maybe", "needs a value of type bool"),
-    ("--config.batch_size=1.5", "needs a value of type int"),
-    ("--config.data.crop_scale=(0.5", "needs a value of type tuple"),
+    (
+      "--config.data.flip=maybe",
+      "data.flip is .maybe.; it needs True or False",
+    ),
+    ("--config.batch_size=1.5", "batch_size is 1.5; it needs a whole number"),
+    ("--config.data.crop_scale=(0.5", "crop_scale is .*; it needs .min, max."),
     ("--config.batch_size", "needs a value"),
   ],
 )

@@ -24,6 +24,7 @@ from test_convert import (
 )
 
 import jepa_jax
+from jepa_jax import config as config_lib
 from jepa_jax import convert, models, objectives, pretrained
 from jepa_jax.training import checkpoints, program
 
@@ -227,6 +228,7 @@ def train_steps(objective, folder):
   """A run of two steps on random images: its program, state and images."""
   config = tiny_config()
   config.objective = objective
+  config_lib.fill_method(config)
   built = program.build(config, one_device())
   rng = np.random.default_rng(0)
   batch = {

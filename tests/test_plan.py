@@ -230,6 +230,7 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch, objective):
   monkeypatch.setattr(estimate, "compile_step", compile_step)
   config = config_lib.defaults()
   config.objective = objective
+  config_lib.fill_method(config)
   config.evaluations.imagenet = config_lib.evaluation("label")
   config.encoder.depth, config.predictor.depth = 32, 12
   config.batch_size, config.accumulate_steps = 16, 2

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jepa_jax import config as config_lib
 from jepa_jax import models, objectives
 from jepa_jax.objectives import ijepa
 from jepa_jax.training import program as program_lib
@@ -47,6 +48,7 @@ def make_batch(program, seed=0):
 def config_of(name):
   config = small_config()
   config.objective = name
+  config_lib.fill_method(config)
   config.total = "60 steps"
   return config
 

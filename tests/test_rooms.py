@@ -18,11 +18,12 @@ ORDER = (
   "evaluation",
   "planning",
   "training",
-  "config",
+  *("config", "config_table"),
   *("data", "render"),
   "objectives",
   "masks",
   "models",
+  "keys",
 )
 # Below them, and yet not for them: commands hand such things in.
 NEVER = {"data": {"config", "training", "planning"}}

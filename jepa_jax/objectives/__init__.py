@@ -6,10 +6,12 @@ planning and evaluation are the trainer's, and the same for all.
 """
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import ml_collections
+
+from jepa_jax import keys as keys_lib
 
 # Name -> "module:Class". A full "my_package.module:Name" works as well.
 OBJECTIVES = {
@@ -53,10 +55,13 @@ class Objective:
       what `evaluate` and `load` use; without one there is nothing to evaluate.
       One named "predictor", a models.Predictor, is what `predict` uses.
     frozen: names of networks that are neither optimised nor averaged.
+    keys: settings of the method's own, config.method.NAME each; see
+      jepa_jax.keys. config.defaults(objective) has their defaults.
   """
 
   networks: dict[str, Any]
   frozen: tuple[str, ...] = ()
+  keys: ClassVar[dict[str, keys_lib.Key]] = {}
 
   @classmethod
   def from_config(

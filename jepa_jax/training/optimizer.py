@@ -42,18 +42,7 @@ def make_schedules(config: ml_collections.ConfigDict) -> Schedules:
   Reference: Assran et al. 2023, appendix A, arXiv:2301.08243.
   """
   settings = config.optimizer
-  total = config_lib.steps(config, "total")
-  warmup = config_lib.steps(config, "optimizer.warmup")
-  if total < 1:
-    raise ValueError(
-      f'total "{config.total}" is {total} steps of {config.batch_size} '
-      "images; make it at least one."
-    )
-  if warmup >= total:
-    raise ValueError(
-      f'optimizer.warmup "{settings.warmup}" is {warmup} steps and total '
-      f'"{config.total}" is {total}; make the warm-up shorter.'
-    )
+  total, warmup = config_lib.lengths(config)
   step = np.arange(1, total + 1, dtype=np.float64)
 
   def cosine(start: float, end: float, progress: np.ndarray) -> np.ndarray:
