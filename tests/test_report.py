@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from jepa_jax.evaluation import report, verdict
+from jepa_jax.evaluation import curves, report, verdict
 
 RANDOM = np.random.default_rng(0)
 EVIL = "<script>alert('x')</script>&$title"
@@ -211,7 +211,7 @@ def test_metrics_of_a_resumed_run_keep_the_last_of_each_step():
     b'{"step": 30, "grad_norm": Infinity}\n'
     b'{"step": 40, "lo'
   )
-  metrics, notes = report.read_metrics(text)
+  metrics, notes = curves.read(text)
   assert set(metrics) == {"loss", "eval/count", "grad_norm"}
   np.testing.assert_array_equal(metrics["loss"][0], [10, 20, 30])
   np.testing.assert_array_equal(metrics["loss"][1], [3, np.nan, 1])
@@ -224,7 +224,7 @@ def test_broken_lines_amid_the_metrics_are_counted():
   text = (
     b'{"step": 1, "loss": 2}\n{"st\n[1]\n{"loss": 1}\n{"step": 2, "loss": 1}'
   )
-  metrics, notes = report.read_metrics(text)
+  metrics, notes = curves.read(text)
   np.testing.assert_array_equal(metrics["loss"][1], [2, 1])
   assert "3 lines" in notes[0] and "line 2" in notes[0]
 
@@ -361,3 +361,76 @@ def test_differences_within_the_noise_are_grey(tmp_path):
 def test_no_directory_is_a_clear_error(tmp_path):
   with pytest.raises(ValueError, match="pass the --workdir of a run"):
     report.write(tmp_path / "nowhere")
+
+
+def test_differences_of_the_headline_stand_in_the_table(tmp_path):
+  rows = [
+    row("count", "trained", 50, features="last"),
+    row("count", "trained", 61, features="last4"),
+    row("count", "random", 45, features="last"),
+    row("count", "random", 41, features="last4"),
+    row("count", "pixels", 30),
+  ]
+  said = re.findall(r"[+−][0-9.]+", verdict.verdict(rows))
+  assert said == ["+16.0", "+31.0"]
+  lines = verdict.table(rows)
+  assert [line["features"] for line in lines] == ["last", "last4", "best"]
+  assert [x["text"] for x in lines[-1]["over"]] == said
+  assert [x["text"] for x in lines[1]["over"]] == ["+20.0", "+31.0"]
+  assert len(verdict.table(rows[::2])) == 1  # one kind of features: no best
+  (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+  _, text = read(tmp_path)
+  assert all(text.count(difference) >= 2 for difference in said)
+
+
+def test_a_table_says_chance_classes_top5_train_and_each_class(tmp_path):
+  more = {
+    "majority": 13.5, "classes": 8, "top5": 91.0, "train_top1": 66.5,
+    "per_class": {"ant": 70.0, "über-bee": 20.0}, "skipped": 3, "unseen": 4,
+  }  # fmt: skip
+  rows = [
+    row("count", "trained", 50) | more,
+    row("count", "random", 45) | more | {"per_class": {"ant": 33.0}},
+  ]
+  (line,) = verdict.table(rows)
+  assert (line["top5"], line["train"]) == ("91.0", "66.5")
+  for words in (
+    "8 classes", "chance 13.5 %", "8,000 images", "scored on 2,000",
+    "4 of a class that training lacks", "3 unreadable",
+  ):  # fmt: skip
+    assert words in line["facts"]
+  (part,) = verdict.per_class(rows)
+  assert part["classes"] == [
+    {"name": "ant", "trained": 70.0, "random": 33.0},
+    {"name": "über-bee", "trained": 20.0, "random": None},
+  ]
+  (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+  page = report.write(tmp_path).read_text()
+  assert 'style="width: 70.0%"' in page and 'style="left: 33.0%"' in page
+  assert "last4</i> those of the last four layers" in page
+
+
+def test_charts_have_words_for_names_and_none_comes_twice(tmp_path):
+  values = {
+    "loss": 1.0, "images_per_second": 5.0, "images_per_second_per_chip": 5.0,
+    "host_memory_gib": 2.0, "model_flops_utilisation": 0.4, "my_metric": 3.0,
+    "grad_norm": 1.0, "grad_norm/encoder": 1.0, "teacher_entropy/low_part": 2.0,
+  }  # fmt: skip
+  lines = [json.dumps({"step": n, **values}) for n in (1, 2)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  metrics, _ = curves.read("\n".join(lines).encode())
+  sections = curves.draw(metrics)
+  titles = [x["title"] for part in sections.values() for x in part["charts"]]
+  assert titles == [
+    "Loss", "Gradient norm", "Gradient norm, by part", "Images a second",
+    "Memory of the host, GiB", "Share of the devices' peak FLOPs",
+    "My metric", "Teacher entropy, by part",
+  ]  # fmt: skip
+  assert "can be healthy" in read(tmp_path)[1]
+  metrics["images_per_second_per_chip"][1][:] = 2.5  # two devices
+  (chart,) = [
+    x
+    for x in curves.draw(metrics)["Speed"]["charts"]
+    if x["title"] == "Images a second"
+  ]
+  assert [x["name"] for x in chart["lines"]] == ["all devices", "a device"]

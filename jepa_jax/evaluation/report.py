@@ -26,32 +26,11 @@ from etils import epath
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax.evaluation import collapse, figures
+from jepa_jax.evaluation import collapse, curves, figures
 from jepa_jax.evaluation import verdict as verdict_lib
 from jepa_jax.training import log
 
 SHOWN = 8  # pictures of each kind, at most
-
-CHARTS = {  # section: charts by title, and the metrics in each
-  "Learning": {"Loss": ("loss",), "Gradient norm": ("grad_norm",)},
-  "Collapse": {
-    "Effective rank of the features": ("effective_rank",),
-    "Standard deviation of the features": ("feature_std",),
-    "Mean cosine between images": ("mean_cosine",),
-  },
-  "Schedules": {
-    "Learning rate": ("learning_rate",),
-    "Weight decay": ("weight_decay",),
-    "Momentum of the moving average": ("momentum",),
-  },
-  "Speed": {
-    "Images a second": ("images_per_second",),
-    "Seconds a step": ("step_seconds", "data_wait_seconds"),
-  },
-}
-OPTIONAL = {"momentum"}  # not missed where nothing is averaged
-
-Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name: (steps, values)
 
 
 def write(workdir: str | os.PathLike[str]) -> epath.Path:
@@ -77,7 +56,7 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
   run, run_problem = _read(workdir / "run.json", _json(dict))
   rows, rows_problem = _read(workdir / "evaluations.json", _json(list))
   pictures, pictures_problem = _read(workdir / "pictures.npz", _arrays)
-  metrics, metrics_problem = _read(workdir / "metrics.jsonl", read_metrics)
+  metrics, metrics_problem = _read(workdir / "metrics.jsonl", curves.read)
   metrics, notes = metrics or ({}, [])
   rows = [row for row in rows or [] if isinstance(row, dict)]
   if not rows_problem and not rows:
@@ -98,12 +77,13 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
     alarm=_alarm(config or {}, metrics),
     facts=_facts(run or {}, metrics),
     probes=verdict_lib.table(rows),
+    classes=verdict_lib.per_class(rows),
     others=others,
     other_keys=list(dict.fromkeys(key for row in others for key in row)),
     evaluations_problem=rows_problem,
-    curves=_curves(metrics),
+    curves=curves.draw(metrics),
     curves_notes=notes,
-    curves_problem=metrics_problem or _not_recorded(metrics),
+    curves_problem=metrics_problem or curves.not_recorded(metrics),
     masks=_masks(pictures, pictures_problem),
     features=_features(pictures, pictures_problem),
     config=config,
@@ -114,52 +94,6 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
   path = workdir / "report.html"
   log.write_whole(path, page)
   return path
-
-
-def read_metrics(text: bytes) -> tuple[Metrics, list[str]]:
-  """Reads metrics.jsonl: where a resumed run repeats a step, the last wins.
-
-  Args:
-    text: one JSON object a line. Values that are not numbers are ignored, null
-      is NaN; broken lines (a killed run leaves half a line) are skipped.
-
-  Returns:
-    {name: (steps [n], ascending, and values float64 [n])}, and sentences about
-    what was skipped.
-  """
-  table: dict[str, dict[int, float]] = {}
-  broken = []
-  lines = text.decode("utf-8", errors="replace").splitlines()
-  for index, line in enumerate(lines):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      step = int(row.pop("step"))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-      broken.append(index)
-      continue
-    for name, value in row.items():
-      value = math.nan if value is None else value
-      if isinstance(value, int | float) and not isinstance(value, bool):
-        table.setdefault(name, {})[step] = float(value)
-  notes = []
-  if broken and broken[-1] == len(lines) - 1:
-    broken.pop()
-    notes.append("The last line of metrics.jsonl is cut off and was skipped.")
-  if broken:
-    notes.append(
-      f"{len(broken)} lines of metrics.jsonl are not JSON objects with a step "
-      f"and were skipped, the first in line {broken[0] + 1}."
-    )
-  metrics = {
-    name: (
-      np.array(sorted(points)),
-      np.array([points[s] for s in sorted(points)]),
-    )
-    for name, points in table.items()
-  }
-  return metrics, notes
 
 
 def _alarm(config, metrics):
@@ -199,72 +133,6 @@ def _facts(run, metrics):
     "started": _text(run.get("started", "")),
   }
   return {name: words for name, words in facts.items() if words}
-
-
-def _curves(metrics):
-  """All metrics as charts, by section: the known ones, then the others."""
-  sections = {title: dict(charts) for title, charts in CHARTS.items()}
-  known = {
-    name: title
-    for charts in CHARTS.values()
-    for title, names in charts.items()
-    for name in names
-  }
-  for name in sorted(set(metrics) - set(known)):
-    group, _, _ = name.rpartition("/")
-    if name.startswith("eval/"):
-      if len(metrics[name][0]) < 2:
-        continue  # the table of probes says it already
-      section = "Evaluations during training"
-      title = group.removeprefix("eval").strip("/") or "evaluation"
-    elif group:
-      section, title = "Other", f"{known.get(group, group)}, by part"
-    elif name.endswith("_norm"):
-      section, title = "Learning", "Norms"
-    else:
-      section, title = "Other", name
-    charts = sections.setdefault(section, {})
-    charts[title] = (*charts.get(title, ()), name)
-  drawn = {}
-  for section, charts in sections.items():
-    for title, names in charts.items():
-      series = [(_line_name(n), *metrics[n]) for n in names if n in metrics]
-      if series:
-        number = sum(map(len, drawn.values()))
-        drawn.setdefault(section, []).append(_chart(title, series, number))
-  return drawn
-
-
-def _chart(title, series, number):
-  steps = np.concatenate([steps for _, steps, _ in series])
-  label = f"{title}, steps {steps.min():g} to {steps.max():g}"
-  return {
-    "title": title,
-    "lines": [
-      {
-        "name": name if len(series) > 1 else "",
-        "colour": i % figures.COLOURS,
-        "last": figures.number(values[-1]),
-      }
-      for i, (name, _, values) in enumerate(series)
-    ],
-    "notes": figures.notes(series),
-    "svg": figures.svg(figures.line_chart(series), f"chart-{number}", label),
-  }
-
-
-def _line_name(metric):
-  """What a line is called where a chart has several."""
-  name = metric.rpartition("/")[2]
-  for ending in ("_norm", "_seconds"):
-    name = name.removesuffix(ending)
-  return name.replace("_", " ")
-
-
-def _not_recorded(metrics):
-  known = {n for c in CHARTS.values() for names in c.values() for n in names}
-  absent = sorted(known - OPTIONAL - set(metrics))
-  return "Not recorded: " + ", ".join(absent) if metrics and absent else ""
 
 
 def _masks(pictures, problem):

@@ -71,14 +71,19 @@ def verdict(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
   """Lines of a table, as text: a protocol and its features each.
 
+  Where a protocol has several features a line "best" follows, with each
+  encoder's best of them, which the verdict compares.
+
   Args:
     rows: see above; others are ignored.
 
   Returns:
-    Dicts with evaluation, title, features, score (what it is), counts; scores,
-    of trained, random and pixels, with text and error; and over, the difference
-    to random and to pixels, with text and verdict ("good", "bad", "faint" where
-    it is below two standard errors). None where there is no such row.
+    Dicts with evaluation, facts (classes, chance and images), title, features,
+    score (what it is); scores, of trained, random and pixels, with text and
+    error; over, the difference to random and to pixels, with text and verdict
+    ("good", "bad", "faint" where it is below two standard errors); top5 and
+    train, the trained encoder's. None where there is no such row, "" where it
+    says nothing of it.
   """
   tables = {}  # by evaluation and protocol: rows by features and encoder
   for row in filter(compares, rows):
@@ -89,32 +94,118 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
   lines = []
   for (evaluation, _), table in tables.items():
     kinds = dict.fromkeys(f for f, encoder in table if encoder != "pixels")
-    for features in kinds or {"": None}:
-      scored = {
-        "trained": table.get((features, "trained")),
-        "random": table.get((features, "random")),
-        "pixels": table.get(("", "pixels")),
-      }
-      some = next(row for row in scored.values() if row)
-      lines.append(
+    scored = [
+      (
+        features or "",
         {
-          "evaluation": evaluation,
-          "title": some["title"],
-          "features": features or "",
-          "score": _score_words(some),
-          "counts": " / ".join(
-            f"{some[key]:,}"
-            for key in ("n_train", "n_test")
-            if _is_number(some.get(key))
-          ),
-          "scores": [_cell(row) for row in scored.values()],
-          "over": [
-            _over(scored["trained"], scored[name])
-            for name in ("random", "pixels")
-          ],
-        }
+          "trained": table.get((features, "trained")),
+          "random": table.get((features, "random")),
+          "pixels": table.get(("", "pixels")),
+        },
       )
+      for features in kinds or {"": None}
+    ]
+    if len(scored) > 1:
+      scored.append(("best", _best(table.values())))
+    lines += [_line(evaluation, *x) for x in scored]
   return lines
+
+
+def _best(rows):
+  """{encoder: its best row, or None}."""
+  best = dict.fromkeys(("trained", "random", "pixels"))
+  for row in rows:
+    rival = best[row["encoder"]]
+    if rival is None or _gain(row, rival) > 0:
+      best[row["encoder"]] = row
+  return best
+
+
+def _line(evaluation, features, scored):
+  some = next(row for row in scored.values() if row)
+  trained = scored["trained"] or {}
+  train = next(
+    (trained[k] for k in trained if k.startswith("train_")), None
+  )  # fmt: skip
+  return {
+    "evaluation": evaluation,
+    "facts": _facts(some),
+    "title": some["title"],
+    "features": features,
+    "score": _score_words(some),
+    "scores": [_cell(row) for row in scored.values()],
+    "over": [
+      _over(scored["trained"], scored[name]) for name in ("random", "pixels")
+    ],
+    "top5": _format(trained["top5"], "%") if "top5" in trained else "",
+    "train": _format(train, some["unit"]) if _is_number(train) else "",
+  }
+
+
+def _facts(row):
+  """What is true of an evaluation whatever the encoder, in words."""
+  facts = []
+  if _is_number(row.get("classes")):
+    facts.append(f"{row['classes']:,} classes")
+  for key, words in (
+    ("majority", "the commonest class always"),
+    ("chance", "scores that say nothing"),
+  ):
+    if _is_number(row.get(key)):
+      facts.append(f"chance {_format(row[key], '%')} % ({words})")
+  counts = [row.get(key) for key in ("n_train", "n_test")]
+  if all(map(_is_number, counts)):
+    facts.append("learns from {:,} images, scored on {:,}".format(*counts))
+  if row.get("unseen"):
+    facts.append(f"{row['unseen']:,} of a class that training lacks")
+  if row.get("skipped"):
+    facts.append(f"{row['skipped']:,} unreadable left out")
+  return "; ".join(facts)
+
+
+def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """How good the trained encoder is at each class, beside the random one.
+
+  By the first protocol of each evaluation that tells, and of several features
+  those with the trained encoder's best score.
+
+  Args:
+    rows: see above; others are ignored.
+
+  Returns:
+    Dicts with evaluation, title, features, what is measured and classes: dicts with name,
+    trained, and random (None where there is none), in percent.
+  """
+  found = {}  # by evaluation: its protocol, and rows by features and encoder
+  for row in map(_judged, filter(compares, rows)):
+    if isinstance(row.get("per_class"), Mapping):
+      key, protocol = row.get("evaluation"), row.get("protocol")
+      first, table = found.setdefault(key, (protocol, {}))
+      if first == protocol:
+        table[row.get("features"), row["encoder"]] = row
+  result = []
+  for evaluation, (_, table) in found.items():
+    trained = _best(table.values())["trained"]
+    if trained is None:
+      continue
+    features = trained.get("features")
+    random = table.get((features, "random"), {}).get("per_class", {})
+    result.append(
+      {
+        "evaluation": evaluation,
+        "title": trained["title"],
+        "features": features or "",
+        "what": "average precision of each class"
+        if trained["score"] == "mAP"
+        else "test images of each class that are right",
+        "classes": [
+          {"name": name, "trained": value, "random": random.get(name)}
+          for name, value in trained["per_class"].items()
+          if _is_number(value)
+        ],
+      }
+    )
+  return result
 
 
 def compares(row: Row) -> bool:
@@ -189,7 +280,8 @@ def _cell(row):
 
 
 def _score_words(row):
-  words = f"{row['score']} {row['unit']}".strip()
+  words = {"top1": "top-1"}.get(row["score"], row["score"])
+  words = f"{words} {row['unit']}".strip()
   return words if row["higher_is_better"] else f"{words}, lower is better"
 
 
