@@ -1,15 +1,17 @@
-"""Plans a run on a TPU slice, with no TPU at hand.
+"""Plans a run on TPUs or NVIDIA GPUs, with none at hand.
 
     python -m jepa_jax.plan --config FILE:variant --topology v5e:8x8
+    python -m jepa_jax.plan --config FILE:variant --topology h100:8x4
 
-compiles the very step that training runs, with the compiler of TPUs, and says
-what a chip holds, computes, reads and sends, and the least time that takes.
-Every figure is the compiler's estimate or follows from one: none is measured.
-Needs the extra "tpu".
+compiles the very step that training runs, with the compiler of that hardware,
+and says what a chip holds, computes, reads and sends, and the least time that
+takes. Every figure is the compiler's estimate or follows from one: none is
+measured. Needs the extra "tpu", or "gpu-plan". What needs no compiler is said
+before it starts.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import json
 import math
 import sys
@@ -18,13 +20,15 @@ import ml_collections
 import tqdm
 
 from jepa_jax import command
-from jepa_jax.planning import estimate
+from jepa_jax.planning import estimate, topologies
 
 _GIB = 2**30
 
 
 def search(
-  config: ml_collections.ConfigDict, topology: str
+  config: ml_collections.ConfigDict,
+  topology: str,
+  say: Callable[[estimate.Row], None] = lambda row: None,
 ) -> Iterator[estimate.Row]:
   """The smallest slice of a family that fits, and what is best on it.
 
@@ -35,16 +39,17 @@ def search(
   Args:
     config: see jepa_jax.config; its mesh and remat are replaced.
     topology: the largest slice to try.
+    say: see estimate.step.
 
   Yields:
     A row for every try, as plan does.
   """
   family, _, largest = topology.partition(":")
-  shapes = estimate.TOPOLOGIES.get(family, ())
+  shapes = topologies.TOPOLOGIES.get(family, ())
   if largest not in shapes:
     raise ValueError(
       f'--search grows slices up to a known topology, and "{topology}" is '
-      f"none; known: {estimate.known_topologies()}."
+      f"none; known: {topologies.known_topologies()}."
     )
   shapes = shapes[: shapes.index(largest) + 1]
 
@@ -55,11 +60,11 @@ def search(
     with c.unlocked():
       c.mesh.update(data=-1, fsdp=fsdp)
       c.compute.update(remat=remat, remat_every=every)
-    return estimate.step(c, f"{family}:{shape}")
+    return estimate.step(c, f"{family}:{shape}", say)
 
   images = config.batch_size // config.accumulate_steps
   for shape in shapes:
-    devices = len(estimate.devices_of(f"{family}:{shape}"))
+    devices = len(topologies.devices_of(f"{family}:{shape}"))
     if images % devices:
       continue
     for fsdp in sorted({min(8, devices), devices}):
@@ -131,7 +136,10 @@ def details(row: estimate.Row) -> str:
       value = f"{value:,}"
     elif name == "collectives":
       value = "; ".join(
-        f"{c['kind']} {c['dtype']} {c['bytes'] / 1e6:,.1f} MB in {c['times']}"
+        f"{c['kind']} {c['dtype']} {c['bytes'] / 1e6:,.1f} MB"
+        + f" and {c['network_bytes'] / 1e6:,.1f} MB between hosts"
+        * (c["network_bytes"] > 0)
+        + f" in {c['times']}"
         for c in value
       )
     elif name == "parts":
@@ -147,9 +155,20 @@ def plans(arguments: argparse.Namespace) -> Iterator[estimate.Row]:
   """The rows that the command's flags ask for, one by one."""
   for topology in arguments.topology:
     if arguments.search:
-      yield from search(arguments.config, topology)
+      yield from search(arguments.config, topology, announce)
     else:
-      yield estimate.step(arguments.config, topology)
+      yield estimate.step(arguments.config, topology, announce)
+
+
+def announce(row: estimate.Row) -> None:
+  """Says on standard error what is known before the compiler starts."""
+  mesh = "x".join(str(n) for n in row["mesh"].values())
+  text = f"{row['topology']}: {row['chips']} chips, mesh {mesh}, "
+  text += f"{row['state_bytes'] / _GIB:.2f} GiB of state a device of "
+  text += f"{row['hbm_bytes'] / _GIB:.1f}"
+  if row["least_seconds"]:
+    text += f", at least {_short(row['least_seconds'])} s a step"
+  tqdm.tqdm.write(f"{text}; compiling for minutes", file=sys.stderr)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -185,7 +204,8 @@ if __name__ == "__main__":
     action="append",
     required=True,
     metavar="FAMILY:SHAPE",
-    help="a TPU slice, such as v5e:8x8; may be given again",
+    help="a TPU slice, such as v5e:8x8, or GPUs a host x hosts, such as "
+    "h100:8x4; may be given again",
   )
   flags.add_argument(
     "--search",

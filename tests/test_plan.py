@@ -1,6 +1,5 @@
 """Planning's arithmetic: reading HLO text, the roofline, the search."""
 
-import dataclasses
 import math
 import types
 
@@ -8,7 +7,7 @@ import pytest
 
 from jepa_jax import config as config_lib
 from jepa_jax import plan
-from jepa_jax.planning import chips, estimate, hlo
+from jepa_jax.planning import chips, estimate, hlo, topologies
 
 # As compilers write it: a loop of five rounds that gathers [8, 6] in bfloat16
 # twice (once spread over two fusions), scatters a gradient while it adds it
@@ -66,18 +65,15 @@ ENTRY %main (a: (s32[], bf16[2,6])) -> f32[] {
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-  found = [
-    (c.kind, c.dtypes, c.elements, c.bytes, c.times, c.group)
-    for c in hlo.collectives(MODULE)
-  ]
+  found = [tuple(c) for c in hlo.collectives(MODULE)]
   array = 8 * 6 * 2 * 3 / 4  # bytes, three quarters of which come from others
   assert sorted(found) == sorted(
     [
-      ("all-gather", ("bf16",), 48, 5 * array, 5, 4),
-      ("all-gather", ("bf16",), 48, 5 * array, 5, 4),
-      ("reduce-scatter", ("bf16",), 48, 5 * array, 5, 4),
-      ("all-reduce", ("f32",), 11, 2 * 0.5 * 44, 1, 2),
-      ("collective-permute", ("f32",), 3, 12, 1, 2),
+      ("all-gather", ("bf16",), 48, 5 * array, 0, 5, 4),
+      ("all-gather", ("bf16",), 48, 5 * array, 0, 5, 4),
+      ("reduce-scatter", ("bf16",), 48, 5 * array, 0, 5, 4),
+      ("all-reduce", ("f32",), 11, 2 * 0.5 * 44, 0, 1, 2),
+      ("collective-permute", ("f32",), 3, 12, 0, 1, 2),
     ]
   )
 
@@ -90,7 +86,7 @@ ENTRY %main (a: f32[16]) -> f32[4] {
 }
 """  # noqa: E501
   (found,) = hlo.collectives(text)
-  assert found == ("reduce-scatter", ("f32",), 16, 48, 1, 4)
+  assert found == ("reduce-scatter", ("f32",), 16, 48, 0, 1, 4)
 
 
 def test_what_runs_beside_the_rest_counts_once():
@@ -120,7 +116,7 @@ ENTRY %main (a: f32[4]) -> f32[16] {
 }
 """  # noqa: E501
   (found,) = hlo.collectives(text)
-  assert found == ("all-gather", ("f32",), 16, 48, 1, 4)
+  assert found == ("all-gather", ("f32",), 16, 48, 0, 1, 4)
   operand, result, part = 16, 64, 8
   assert hlo.memory_traffic(text) == operand + (operand + result) + part
 
@@ -184,6 +180,7 @@ CHIP = chips.Chip(
   hbm_bytes=1.0,
   hbm_bandwidth=10.0,
   link_bandwidth=2.0,
+  network_bandwidth=4.0,
 )
 
 
@@ -196,10 +193,11 @@ def test_each_part_of_a_step_takes_the_longer_of_its_times():
       flops=100, accessed=90, memory=40
     ),  # 4 s of bytes
   }
-  assert estimate.bound(parts, 0, CHIP) == (7.0, "memory")
+  assert estimate.bound(parts, 0, 0, CHIP) == (7.0, "memory")
   parts["rest"] = estimate.Cost(flops=250, accessed=90, memory=1)
-  assert estimate.bound(parts, 18, CHIP) == (9.5, "compute")
-  assert estimate.bound(parts, 20, CHIP) == (10.0, "links")
+  assert estimate.bound(parts, 18, 30, CHIP) == (9.5, "compute")
+  assert estimate.bound(parts, 20, 30, CHIP) == (10.0, "links")
+  assert estimate.bound(parts, 20, 48, CHIP) == (12.0, "network")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +294,7 @@ def test_what_does_not_fit_is_a_row_of_the_table():
 def test_search_stops_at_the_smallest_slice_that_fits(monkeypatch):
   tried = []
 
-  def step(config, topology):
+  def step(config, topology, say):
     mesh, remat = config.mesh.fsdp, config.compute.remat
     tried.append((topology, mesh, remat, config.compute.remat_every))
     fits = topology == "v5e:4x4" and mesh == 16 and remat != "none"
@@ -311,7 +309,7 @@ def test_search_stops_at_the_smallest_slice_that_fits(monkeypatch):
     [None] * math.prod(int(n) for n in t.partition(":")[2].split("x"))
   )
   monkeypatch.setattr(estimate, "step", step)
-  monkeypatch.setattr(estimate, "devices_of", count)
+  monkeypatch.setattr(topologies, "devices_of", count)
   config = config_lib.defaults()
   config.batch_size = 32  # of which 4 x 8 chips get one each
   rows = list(plan.search(config, "v5e:8x8"))
@@ -332,10 +330,20 @@ def test_search_stops_at_the_smallest_slice_that_fits(monkeypatch):
     list(plan.search(config, "v5e:3x3"))
 
 
-def test_a_missing_compiler_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(ValueError, match=r"libtpu; pip install -e '\.\[tpu\]'"):
-    estimate.devices_of("v5e:2x2")
+@pytest.mark.parametrize(
+  "topology, message",
+  [
+    ("v5e:2x2", r"libtpu; pip install -e '\.\[tpu\]'"),
+    ("h100:8", r"CUDA plugin; pip install -e '\.\[gpu-plan\]'"),
+    ("h100:8y2", "GPUs a host.*h100:8x4"),
+  ],
+)
+def test_a_missing_compiler_says_what_to_install(
+  monkeypatch, topology, message
+):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=message):
+    topologies.devices_of(topology)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +357,8 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     ("NVIDIA H100 80GB HBM3", "H100 SXM"),
     ("NVIDIA H100 PCIe", "H100 PCIe"),
     ("NVIDIA A100-SXM4-80GB", "A100"),
+    ("NVIDIA H200", "H200 SXM"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
     ("cpu", None),
     ("NVIDIA L40", None),
   ],
@@ -358,18 +368,85 @@ def test_chips_are_known_by_their_kind(kind, name):
   assert (chip and chip.name) == name
 
 
-def test_every_family_of_topologies_has_a_chip_with_its_figures():
-  kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
-  for family, kind in zip(estimate.TOPOLOGIES, kinds, strict=True):
+KINDS = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
+KINDS += [gpu.kind for gpu in topologies._GPUS.values()]
 
-    @dataclasses.dataclass
-    class Device:
-      device_kind: str = kind
 
-    chip = chips.find(Device())
-    assert chip.hbm_bytes and chip.hbm_bandwidth and chip.link_bandwidth
-    sizes = [
-      math.prod(int(n) for n in shape.split("x"))
-      for shape in estimate.TOPOLOGIES[family]
-    ]
-    assert sizes == sorted(sizes)
+@pytest.mark.parametrize(
+  "family, kind", list(zip(topologies.TOPOLOGIES, KINDS, strict=True))
+)
+def test_every_family_of_topologies_has_a_chip_with_its_figures(family, kind):
+  chip = chips.find(types.SimpleNamespace(device_kind=kind))
+  assert chip.hbm_bytes and chip.hbm_bandwidth and chip.link_bandwidth
+  shapes = topologies.TOPOLOGIES[family]
+  sizes = [math.prod(int(n) for n in shape.split("x")) for shape in shapes]
+  assert sizes == sorted(sizes)
+  several = topologies.per_host(f"{family}:8") and any("x" in s for s in shapes)
+  assert bool(chip.network_bandwidth) == bool(several)
+
+
+# As the compiler of GPUs writes it: products of cuBLAS with its workspace, one
+# of XLA's own in a loop, cuDNN's attention, and communication that is started.
+GPU_MODULE = """
+%body (t: f32[3,4]) -> f32[3,4] {
+  %t = f32[3,4]{1,0} parameter(0)
+  %w = f32[4,4]{1,0} constant({...})
+  ROOT %d = f32[3,4]{1,0} dot(%t, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[6,8], b: bf16[8,5], q: bf16[2,7,3,16]) -> f32[3,4] {
+  %a = bf16[6,8]{1,0} parameter(0)
+  %b = bf16[8,5]{1,0} parameter(1)
+  %q = bf16[2,7,3,16]{3,2,1,0} parameter(2)
+  %product = (bf16[6,5]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %forward = (bf16[2,3,7,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","7","7"]}}}
+  %backward = (bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","7","7"]}}}
+  %gather = (bf16[6,8]{1,0}, bf16[24,8]{1,0}) all-gather-start(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %gathered = bf16[24,8]{1,0} all-gather-done(%gather)
+  %scatter = ((bf16[8,5]{1,0}), (bf16[2,5]{1,0})) reduce-scatter-start(%b), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %scattered = bf16[2,5]{1,0} reduce-scatter-done(%scatter)
+  %sum = f32[10]{0} all-reduce-start(%b), replica_groups=[1,8]<=[8]
+  %summed = f32[10]{0} all-reduce-done(%sum)
+  %pair = f32[10]{0} all-reduce(%b), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  ROOT %loop = f32[3,4]{1,0} while(%a), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_products_of_every_library_are_counted():
+  scores = 2 * 3 * 7 * 7 * 16
+  expected = 2 * 6 * 5 * 8 + 2 * (2 + 5) * scores + 5 * 2 * 3 * 4 * 4
+  assert hlo.product_flops(GPU_MODULE) == expected
+
+
+def test_traffic_of_gpus_has_no_workspace_and_each_operand_once():
+  product, qkv = 2 * (6 * 8 + 8 * 5 + 6 * 5), 2 * 2 * 7 * 3 * 16
+  attention = (3 + 1) * qkv + (3 + 3) * qkv
+  gather, scatter = 2 * (6 * 8 + 24 * 8), 2 * (8 * 5 + 2 * 5)
+  sums, loop = 2 * (2 * 8 * 5 + 4 * 10), 5 * 4 * (2 * 12 + 16)
+  assert hlo.memory_traffic(GPU_MODULE) == (
+    product + attention + gather + scatter + sums + loop
+  )
+
+
+def test_what_comes_from_other_hosts_is_apart():
+  """Eight devices, four a host: groups in a host, over both, one a host."""
+  found = [
+    (c.kind, c.elements, c.bytes, c.network_bytes, c.group)
+    for c in hlo.collectives(GPU_MODULE, per_host=4)
+  ]
+  assert found == [
+    ("all-gather", 24 * 8, 24 * 8 * 2 * 3 / 4, 0, 4),
+    # Of 0, 2, 4 and 6 two are on each host.
+    ("reduce-scatter", 40, 40 * 2 * 3 / 4, 40 * 2 * 1 / 2 / 2, 4),
+    ("all-reduce", 10, 2 * 40 * 7 / 8, 2 * 40 * 1 / 2 / 4, 8),
+    ("all-reduce", 10, 0, 2 * 40 / 2, 2),
+  ]
+
+
+def test_a_state_that_does_not_fit_is_said_before_a_compilation(monkeypatch):
+  known = {"state_bytes": 9, "hbm_bytes": 8}
+  monkeypatch.setattr(estimate, "known", lambda config, topology: dict(known))
+  said = []
+  row = estimate.step(None, "h100:8", said.append)
+  assert said == [known] and not row["fits"] and row["total_bytes"] == 9

@@ -18,8 +18,11 @@ class Chip:
     source: where the figures stand.
     hbm_bytes: of memory; None where planning does not need it.
     hbm_bandwidth: bytes a second between memory and the chip.
-    link_bandwidth: bytes a second that all links to other chips of a slice
-      carry in one direction, half of what is stated as bidirectional.
+    link_bandwidth: bytes a second that all links to other chips of a slice, or
+      of a GPU's host, carry in one direction, half of what is stated as
+      bidirectional.
+    network_bandwidth: bytes a second that a GPU's share of its host's network
+      carries in one direction; None where the maker states none.
     devices: JAX devices a chip; every figure above is of one of them.
   """
 
@@ -30,6 +33,7 @@ class Chip:
   hbm_bytes: float | None = None
   hbm_bandwidth: float | None = None
   link_bandwidth: float | None = None
+  network_bandwidth: float | None = None
   devices: int = 1
 
 
@@ -88,15 +92,70 @@ CHIPS = (
     link_bandwidth=1200e9 / 2 / 2,
     devices=2,
   ),
-  Chip("A100", r"nvidia a100.*", 312e12, _NVIDIA + "A100"),
+  Chip(
+    "A100",
+    r"nvidia a100.*",
+    312e12,
+    _NVIDIA + "A100; of a host's links, DGX A100",
+    # Of the 80 GB kind; of all GPUs, bytes as the driver states them.
+    hbm_bytes=85100068864,
+    hbm_bandwidth=2039e9,
+    link_bandwidth=600e9 / 2,
+    network_bandwidth=200e9 / 8,
+  ),
   Chip("H100 PCIe", r"nvidia h100 pcie.*", 756e12, _NVIDIA + "H100"),
   Chip("H100 NVL", r"nvidia h100 nvl.*", 835e12, _NVIDIA + "H100"),
-  Chip("H100 SXM", r"nvidia (h100.*|gh200.*)", 989e12, _NVIDIA + "H100"),
+  Chip(
+    "H100 SXM",
+    r"nvidia (h100.*|gh200.*)",
+    989e12,
+    _NVIDIA + "H100; of a host's links, DGX H100",
+    hbm_bytes=84942979072,
+    hbm_bandwidth=3352e9,
+    link_bandwidth=900e9 / 2,
+    network_bandwidth=400e9 / 8,
+  ),
   Chip("H200 NVL", r"nvidia h200 nvl.*", 835e12, _NVIDIA + "H200"),
-  Chip("H200 SXM", r"nvidia h200.*", 989e12, _NVIDIA + "H200"),
-  Chip("B200", r"nvidia b200.*", 2250e12, _NVIDIA + "HGX B200"),
+  Chip(
+    "H200 SXM",
+    r"nvidia h200.*",
+    989e12,
+    _NVIDIA + "H200; of a host's links, DGX H200",
+    hbm_bytes=151397597184,
+    hbm_bandwidth=4800e9,
+    link_bandwidth=900e9 / 2,
+    network_bandwidth=400e9 / 8,
+  ),
+  Chip(
+    "B200",
+    r"nvidia b200.*",
+    2250e12,
+    _NVIDIA + "HGX B200; of a host's links, DGX B200",
+    hbm_bytes=191514411008,
+    hbm_bandwidth=7700e9,
+    link_bandwidth=1800e9 / 2,
+    network_bandwidth=400e9 / 8,
+  ),
   Chip("L4", r"nvidia l4", 121e12, _NVIDIA + "L4"),
-  Chip("L40S", r"nvidia l40s", 362e12, _NVIDIA + "L40S"),
+  # The last two have PCIe 4.0 x16 alone.
+  Chip(
+    "L40S",
+    r"nvidia l40s",
+    362e12,
+    _NVIDIA + "L40S",
+    hbm_bytes=46068 * 2**20,
+    hbm_bandwidth=864e9,
+    link_bandwidth=64e9 / 2,
+  ),
+  Chip(
+    "RTX 4090",
+    r"nvidia geforce rtx 4090",
+    165.2e12,
+    "NVIDIA Ada GPU architecture, white paper, appendix A",
+    hbm_bytes=24564 * 2**20,
+    hbm_bandwidth=1008e9,
+    link_bandwidth=64e9 / 2,
+  ),
 )
 
 

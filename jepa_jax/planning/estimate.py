@@ -1,12 +1,12 @@
-"""What a train step costs on a TPU slice, as its compiler estimates it.
+"""What a train step costs on TPUs and GPUs, as their compilers estimate it.
 
-The compiler runs without a TPU; nothing here is measured.
+The compilers run without a TPU or GPU; nothing here is measured.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
-import importlib.util
-import os
+import math
 import pathlib
 import re
 import tempfile
@@ -15,23 +15,12 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from jepa_jax import objectives
-from jepa_jax.planning import chips, hlo
+from jepa_jax.planning import chips, hlo, topologies
 from jepa_jax.training import program as program_lib
 from jepa_jax.training import sharding
 
 NOTE = "compiler estimate, not measured"
 
-# Family -> shapes of its slices, smallest first. Others compile as well.
-# Reference: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm.
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
-TOPOLOGIES = {
-  "v4": _CUBES,
-  "v5e": _FLAT,
-  "v5p": _CUBES,
-  "v6e": _FLAT,
-  "tpu7x": _CUBES,
-}
 Row = dict[str, Any]
 
 
@@ -46,59 +35,6 @@ class DoesNotFit(Exception):
   def __init__(self, needs: float | None, has: float | None):
     super().__init__("the step does not fit in the memory of a chip")
     self.needs, self.has = needs, has
-
-
-def devices_of(topology: str) -> list[Any]:
-  """Devices of a slice that is not there.
-
-  Args:
-    topology: "family:shape", such as "v5e:8x8".
-
-  Returns:
-    Devices to compile for.
-
-  Raises:
-    ValueError: libtpu is missing, or does not know the topology.
-  """
-  if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
-      "planning for TPUs needs their compiler, libtpu; pip install -e '.[tpu]'."
-    )
-  # Nothing asks the metadata server, which only a TPU's host has.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  import jax
-  from jax.experimental import topologies
-
-  # A chip that is there is left alone.
-  jax.config.update("jax_platforms", "cpu")
-  family, _, shape = topology.partition(":")
-  options: dict[str, Any] = {}
-  if family == "v4":
-    # Both cores of a chip work as one device, as they do on such a host.
-    options["chip_config_name"] = "megacore"
-  if set(shape.split("x")) == {"1"}:
-    # Older compilers take four chips a host for granted.
-    options["chips_per_host_bounds"] = (1, 1, 1)
-  try:
-    found = topologies.get_topology_desc(topology, platform="tpu", **options)
-  except jax.errors.JaxRuntimeError as error:
-    raise ValueError(
-      f'unknown topology "{topology}" ({str(error).splitlines()[0]}); known: '
-      f"{known_topologies()}."
-    ) from None
-  return list(found.devices)
-
-
-def known_topologies() -> str:
-  """All of TOPOLOGIES, for messages."""
-  return ", ".join(
-    f"{family}:{shape}"
-    for family, shapes in TOPOLOGIES.items()
-    for shape in shapes
-  )
 
 
 class Compiled(NamedTuple):
@@ -123,7 +59,9 @@ def compile_step(
   program = program_lib.build(config, mesh)
   lowered = program.step.lower(program.state_spec, program.batch_spec)
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(
+      compiler_options=topologies.compiler_options(devices[0])
+    )
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -167,9 +105,9 @@ class Cost:
   """Of one device and one step.
 
   Attributes:
-    flops: operations.
+    flops: operations; on GPUs, those of matrix products and attention.
     accessed: bytes that operations read and write, on the chip or off it, as
-      XLA counts them.
+      XLA counts them; on GPUs, memory.
     memory: bytes to and from the device's main memory; see hlo.memory_traffic.
   """
 
@@ -208,7 +146,7 @@ def costs(
   Args:
     config: see jepa_jax.config; a network whose section there, of the network's
       name, has a `depth` counts as one of blocks.
-    devices: to compile for.
+    devices: to compile for, of one topology.
 
   Returns:
     Network -> its cost, and "rest", of one device.
@@ -224,8 +162,10 @@ def costs(
       c.batch_size //= c.accumulate_steps
       c.accumulate_steps = 1
     compiled = compile_step(c, devices)
-    analysis = compiled.executable.cost_analysis()
     memory = hlo.memory_traffic(compiled.text)
+    analysis = compiled.executable.cost_analysis()
+    if analysis is None:  # for a GPU that is not there
+      return Cost(hlo.product_flops(compiled.text), memory, memory)
     return Cost(analysis["flops"], analysis["bytes accessed"], memory)
 
   networks = objectives.load(config.objective).from_config(config).networks
@@ -244,7 +184,7 @@ def costs(
 
 
 def bound(
-  parts: dict[str, Cost], link_bytes: float, chip: Any
+  parts: dict[str, Cost], link_bytes: float, network_bytes: float, chip: Any
 ) -> tuple[float, str]:
   """The least seconds of a step, and what sets them.
 
@@ -254,11 +194,12 @@ def bound(
 
   Args:
     parts: see costs.
-    link_bytes: that a device receives.
+    link_bytes: that a device receives within its slice or host.
+    network_bytes: that it receives from other hosts.
     chip: see planning.chips.
 
   Returns:
-    (seconds, "compute", "memory" or "links").
+    (seconds, "compute", "memory", "links" or "network").
 
   Reference: Williams, Waterman and Patterson 2009, "Roofline",
     doi:10.1145/1498765.1498785.
@@ -266,10 +207,10 @@ def bound(
   compute = [part.flops / chip.bfloat16_flops for part in parts.values()]
   memory = [part.memory / chip.hbm_bandwidth for part in parts.values()]
   seconds = sum(map(max, compute, memory))
+  limit = "compute" if sum(compute) >= sum(memory) else "memory"
   links = link_bytes / chip.link_bandwidth
-  if links > seconds:
-    return links, "links"
-  return seconds, "compute" if sum(compute) >= sum(memory) else "memory"
+  network = network_bytes and network_bytes / chip.network_bandwidth
+  return max((seconds, limit), (links, "links"), (network, "network"))
 
 
 def held(memory: Any) -> Row:
@@ -280,38 +221,58 @@ def held(memory: Any) -> Row:
   reports of --xla_dump_to); temporary_bytes is what of it is no argument and no
   output. temp_size_in_bytes would not do: libtpu 0.0.42 counts up to half more
   there than its buffer assignment holds, and for ViT-H/14 on v4:2x2x4, which
-  fits (see README), more than a chip has.
+  fits (see README), more than a chip has. The compiler of GPUs states no peak,
+  and its temporary buffers lie in one allocation of that size.
   """
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
   kept -= memory.alias_size_in_bytes
+  peak = getattr(memory, "peak_memory_in_bytes", 0)
+  peak = peak or kept + memory.temp_size_in_bytes
   return {
     "argument_bytes": memory.argument_size_in_bytes,
-    "temporary_bytes": memory.peak_memory_in_bytes - kept,
+    "temporary_bytes": peak - kept,
     "output_bytes": memory.output_size_in_bytes,
     "donated_bytes": memory.alias_size_in_bytes,
-    "total_bytes": memory.peak_memory_in_bytes,
+    "total_bytes": peak,
   }
 
 
-def step(config: ml_collections.ConfigDict, topology: str) -> Row:
-  """What one step and the whole run cost on a slice.
+def known(config: ml_collections.ConfigDict, topology: str) -> Row:
+  """What is known of a step before it is compiled.
 
   Args:
     config: see jepa_jax.config.
-    topology: see devices_of.
+    topology: see topologies.devices_of.
 
   Returns:
-    A row; see README. Bytes, operations and collectives are of one device.
+    The first values of a row of `step`, with state_bytes of a device, and
+    least_seconds, those of the operations that the model needs.
+
+  Raises:
+    ValueError: the config or the topology is wrong, or the chip is unknown.
   """
-  devices = devices_of(topology)
+  devices = topologies.devices_of(topology)
+  import jax
+
   chip = chips.find(devices[0])
   if chip is None or chip.hbm_bytes is None:
     raise ValueError(
       f"nothing is known of the chip {devices[0].device_kind} of {topology}; "
       "add it to planning/chips.py."
     )
+  host = topologies.per_host(topology)
+  if host and len(devices) > host and chip.network_bandwidth is None:
+    raise ValueError(
+      f"{topology} has {len(devices) // host} hosts, and how fast {chip.name} "
+      f"talk between hosts is not known; give one host, such as "
+      f"{topology.partition('x')[0]}."
+    )
   mesh = sharding.make_mesh(config.mesh, devices)
-  row: Row = {
+  program = program_lib.build(config, mesh)
+  share = lambda s: math.prod(s.sharding.shard_shape(s.shape))
+  needed = program.objective.flops()
+  needed = needed and needed * config.batch_size / len(devices)
+  return {
     "topology": topology,
     "chips": len(devices) // chip.devices,
     "devices": len(devices),
@@ -319,30 +280,62 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
     "remat": config.compute.remat,
     "remat_every": config.compute.remat_every,
     "accumulate_steps": config.accumulate_steps,
-    "hbm_bytes": chip.hbm_bytes,
+    "hbm_bytes": topologies.usable_bytes(devices[0], chip),
+    "state_bytes": sum(
+      share(s) * s.dtype.itemsize for s in jax.tree.leaves(program.state_spec)
+    ),
+    "model_flops": needed,
+    "least_seconds": needed and needed / chip.bfloat16_flops,
     "note": NOTE,
   }
+
+
+def step(
+  config: ml_collections.ConfigDict,
+  topology: str,
+  say: Callable[[Row], None] = lambda row: None,
+) -> Row:
+  """What one step and the whole run cost on a slice or on GPUs.
+
+  Args:
+    config: see jepa_jax.config.
+    topology: see topologies.devices_of.
+    say: called with what `known` returns, before the first compilation.
+
+  Returns:
+    A row; see docs/planning.md. Bytes, operations and collectives are of one
+    device.
+  """
+  row = known(config, topology)
+  say(row)
+  if row["state_bytes"] > row["hbm_bytes"]:  # the least that it needs
+    return row | {"fits": False, "total_bytes": row["state_bytes"]}
+  devices = topologies.devices_of(topology)
+  chip = chips.find(devices[0])
   try:
     compiled = compile_step(config, devices)
   except DoesNotFit as error:
     return row | {
       "fits": False,
       "total_bytes": error.needs,
-      "hbm_bytes": error.has or chip.hbm_bytes,
+      "hbm_bytes": error.has or row["hbm_bytes"],
     }
-  program, memory = compiled.program, compiled.executable.memory_analysis()
-  row |= {"fits": True} | held(memory)
-  talk = hlo.collectives(compiled.text)
+  row |= held(compiled.executable.memory_analysis())
+  row["fits"] = row["total_bytes"] <= row["hbm_bytes"]
+  if not row["fits"]:
+    return row
+  talk = hlo.collectives(compiled.text, topologies.per_host(topology))
   parts = costs(config, devices)
-  needed = program.objective.flops()
-  needed = needed and needed * config.batch_size
   total = functools.reduce(Cost.__add__, parts.values())
-  seconds, limit = bound(parts, sum(c.bytes for c in talk), chip)
-  hours = seconds * program.total_steps / 3600
+  seconds, limit = bound(
+    parts, sum(c.bytes for c in talk), sum(c.network_bytes for c in talk), chip
+  )
+  steps = compiled.program.total_steps
+  hours = seconds * steps / 3600
+  needed = row["model_flops"]
   return row | {
-    "model_flops": needed and needed / len(devices),
     "compiled_flops": total.flops,
-    "flops_ratio": needed and total.flops * len(devices) / needed,
+    "flops_ratio": needed and total.flops / needed,
     "bytes_accessed": total.accessed,
     "memory_bytes": total.memory,
     "parts": {name: dataclasses.asdict(p) for name, p in parts.items()},
@@ -350,9 +343,8 @@ def step(config: ml_collections.ConfigDict, topology: str) -> Row:
     "bound_seconds": seconds,
     "limited_by": limit,
     "images_per_second_per_chip": config.batch_size / seconds / row["chips"],
-    "utilisation": needed
-    and needed / len(devices) / seconds / chip.bfloat16_flops,
-    "steps": program.total_steps,
+    "utilisation": needed and needed / seconds / chip.bfloat16_flops,
+    "steps": steps,
     "hours": hours,
     "chip_hours": hours * row["chips"],
   }
@@ -364,8 +356,18 @@ def _by_kind(talk: list[Any]) -> list[Row]:
   for c in talk:
     key = (c.kind, " ".join(c.dtypes))
     row = sums.setdefault(
-      key, {"kind": c.kind, "dtype": key[1], "bytes": 0.0, "times": 0}
+      key,
+      {
+        "kind": c.kind,
+        "dtype": key[1],
+        "bytes": 0.0,
+        "network_bytes": 0.0,
+        "times": 0,
+      },
     )
     row["bytes"] += c.bytes
+    row["network_bytes"] += c.network_bytes
     row["times"] += c.times
-  return sorted(sums.values(), key=lambda row: -row["bytes"])
+  return sorted(
+    sums.values(), key=lambda row: -row["bytes"] - row["network_bytes"]
+  )

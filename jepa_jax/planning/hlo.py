@@ -12,6 +12,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = (
   "all-gather",
   "reduce-scatter",
@@ -32,6 +34,8 @@ _OPERATION = re.compile(
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 _LINE = re.compile(r"^ *(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+# Of cuBLAS and cuDNN, in which they may write or not.
+_WORKSPACE = re.compile(r"[su]8\[\d+\]")
 # They name what is there already, or count by the computations that they call.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 _FREE += ("while", "conditional", "call", "optimization-barrier")
@@ -44,7 +48,9 @@ class Collective(NamedTuple):
     kind: of KINDS.
     dtypes: of what travels, such as ("bf16",).
     elements: of the whole array that is gathered, reduced or exchanged.
-    bytes: that one device receives, over all times.
+    bytes: that one device receives from others of its slice or host, over all
+      times.
+    network_bytes: that it receives from other hosts.
     times: how often.
     group: devices that take part together.
   """
@@ -53,20 +59,24 @@ class Collective(NamedTuple):
   dtypes: tuple[str, ...]
   elements: int
   bytes: float
+  network_bytes: float
   times: int
   group: int
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, per_host: int | None = None) -> list[Collective]:
   """The communication of a program.
 
   On a ring of n devices each receives (n - 1) / n of the whole array in an
   all-gather, a reduce-scatter or an all-to-all, and twice that in an
   all-reduce. An all-reduce of which every device keeps a slice alone, as TPUs
-  write it, is a reduce-scatter.
+  write it, is a reduce-scatter. Where a group has m devices on each of h hosts,
+  a host receives (h - 1) / h of the array, each of the m devices an m-th of it,
+  and they hand it on to each other.
 
   Args:
     text: of an optimized module, compiled.as_text().
+    per_host: consecutive devices that a host has; None for a slice of TPUs.
 
   Returns:
     All of them, in the order of the text.
@@ -87,14 +97,54 @@ def collectives(text: str) -> list[Collective]:
       # writes it in each of them; it begins once.
       if "chain_id" in line and not re.search(rf"%{label}[,)]", started):
         continue
-      group = _group_size(line)
-      if group == 1:
+      members = _group(line)
+      if len(members) == 1:
         continue
-      arrays = _arrays(kind, line, group)
+      arrays = _arrays(kind, line, len(members))
       if name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-      found.append(_collective(kind, arrays, group, times[name]))
+      hosts = len({i // per_host for i in members}) if per_host else 1
+      found.append(_collective(kind, arrays, len(members), hosts, times[name]))
   return found
+
+
+def product_flops(text: str) -> float:
+  """Operations of a program's matrix products and attention.
+
+  For backends that have no cost analysis: products of XLA, of cuBLAS and of
+  cuDNN's attention, whose backward pass computes the scores again.
+
+  Args:
+    text: of an optimized module, compiled.as_text().
+  """
+  computations = _computations(text)
+  times = _times(text, computations)
+  total = 0.0
+  for name, lines in computations.items():
+    shapes: dict[str, list[int]] = {}
+    for line in lines if times[name] else ():
+      match = _LINE.match(line)
+      if not match:
+        continue
+      label, result, operation, rest = match.groups()
+      array = _ARRAY.search(result)
+      shapes[label] = (
+        [int(n) for n in array[2].split(",") if n] if array else []
+      )
+      if operation == "dot" or "__cublas$" in rest:
+        (left, *_) = re.findall(r"%([\w.\-]+)", rest)
+        summed = re.search(r"lhs_contracting_dim[a-z]*\W+([\d,\"]+)", rest)
+        axes = [int(n) for n in re.findall(r"\d+", summed[1])]
+        depth = math.prod(shapes[left][axis] for axis in axes)
+        total += times[name] * 2 * math.prod(shapes[label]) * depth
+      elif "__cudnn$fmha" in rest:
+        scores = re.search(
+          r'intermediate_tensor_shape.*?"dimensions":(\[.*?\])', rest
+        )
+        size = math.prod(int(n) for n in re.findall(r"\d+", scores[1]))
+        products = 5 if "Backward" in rest else 2
+        total += times[name] * 2 * products * size * shapes[label][-1]
+  return total
 
 
 def memory_traffic(text: str) -> float:
@@ -126,6 +176,8 @@ def memory_traffic(text: str) -> float:
       if not match:
         continue
       label, result, operation, rest = match.groups()
+      if 'custom_call_target="__cu' in rest:
+        result = _WORKSPACE.sub("", result)
       arrays[label] = _places(result)
       if operation in _FREE or operation.endswith("-done"):
         continue
@@ -137,6 +189,12 @@ def memory_traffic(text: str) -> float:
         total += times[name] * moved * sum(main for _, main in ends)
         continue
       size = _in_main(arrays[label])
+      if re.match(rf"({'|'.join(KINDS)})-start", operation):
+        # The operands of most stand in their results as well.
+        total += times[name] * size
+        if operation != "all-reduce-start":
+          continue
+        size = 0.0
       callee = re.search(r"calls=%?([\w.\-]+)", rest)
       sliced = {}
       if operation == "fusion" and callee:
@@ -188,19 +246,25 @@ def _slices(lines: list[str]) -> dict[int, float]:
 
 
 def _collective(
-  kind: str, arrays: list[tuple[str, int]], group: int, times: int
+  kind: str,
+  arrays: list[tuple[str, int]],
+  group: int,
+  hosts: int,
+  times: int,
 ) -> Collective:
   size = sum(_bytes(dtype) * count for dtype, count in arrays)
-  share = (group - 1) / group
-  moved = {
-    "all-reduce": 2 * share * size,
-    "collective-permute": size,
-  }.get(kind, share * size)
+  twice = 2 if kind == "all-reduce" else 1
+  share, far = (group - 1) / group, (hosts - 1) / group
+  if kind == "collective-permute":  # somewhere, between hosts
+    share, far = (0, 1) if hosts > 1 else (1, 0)
+  if group == hosts:  # nobody of the own host takes part
+    share = 0
   return Collective(
     kind=kind,
     dtypes=tuple(sorted({dtype for dtype, _ in arrays})),
     elements=sum(count for _, count in arrays),
-    bytes=moved * times,
+    bytes=twice * share * size * times,
+    network_bytes=twice * far * size * times,
     times=times,
     group=group,
   )
@@ -249,21 +313,41 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
   return 1
 
 
-def _group_size(line: str) -> int:
-  """Devices of one group; all listed forms of replica_groups."""
+def _group(line: str) -> list[int]:
+  """Devices of the first group; all listed forms of replica_groups."""
+  numbers = lambda text: [int(n) for n in re.findall(r"\d+", text or "")]
   explicit = re.search(r"replica_groups=\{\{([0-9,]*)\}", line)
   if explicit:
-    return explicit[1].count(",") + 1
-  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    return numbers(explicit[1])
+  iota = re.search(
+    r"replica_groups=\[(\d+),\d+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
+  )
   if iota:
-    return int(iota[2])
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+    return _ids(iota[2], iota[3]).reshape(int(iota[1]), -1)[0].tolist()
+  mesh = re.search(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+    line,
+  )
   if mesh:
-    sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
-    axes = re.findall(r"'([^']*)'", mesh[2])
-    return math.prod(int(sizes[axis]) for axis in axes)
+    sizes = {k: int(n) for k, n in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
+    whole = str(math.prod(sizes.values()))
+    ids = _ids(mesh[2] or whole, mesh[3]).reshape(*sizes.values())
+    axes = re.findall(r"'([^']*)'", mesh[4])
+    return (
+      ids[tuple(slice(None) if name in axes else 0 for name in sizes)]
+      .flatten()
+      .tolist()
+    )
   pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-  return pairs[1].count("{") if pairs else 1
+  return sorted(set(numbers(pairs[1]))) if pairs else [0]
+
+
+def _ids(shape: str, order: str | None) -> np.ndarray:
+  """Devices 0, 1, ... in an array of a shape, its axes then in an order."""
+  sizes = [int(n) for n in shape.split(",")]
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _arrays(kind: str, line: str, group: int) -> list[tuple[str, int]]:
@@ -274,7 +358,7 @@ def _arrays(kind: str, line: str, group: int) -> list[tuple[str, int]]:
     for dtype, shape in _SHAPE.findall(result)
     if shape or kind == "all-reduce"
   ]
-  if start and kind in ("all-gather", "collective-permute"):
+  if start and kind != "all-reduce":
     arrays = arrays[len(arrays) // 2 :]  # operands stand before results
   if kind == "reduce-scatter":
     arrays = [(dtype, count * group) for dtype, count in arrays]
