@@ -37,6 +37,7 @@ MODULES = (
   "jepa_jax.training.program",
   "jepa_jax.training.sharding",
   "jepa_jax.planning.estimate",
+  "jepa_jax.planning.topologies",
   "jepa_jax.evaluation.collapse",
   "jepa_jax.evaluation.protocols",
   "jepa_jax.evaluation.protocols.protocol",

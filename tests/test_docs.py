@@ -162,9 +162,9 @@ def house(tmp_path_factory):
 @pytest.fixture
 def no_compiler(monkeypatch):
   """The plan of planning.md takes libtpu and half an hour: a stand-in."""
-  from jepa_jax.planning import estimate
+  from jepa_jax.planning import estimate, topologies
 
-  monkeypatch.setattr(estimate, "devices_of", lambda topology: [topology])
+  monkeypatch.setattr(topologies, "devices_of", lambda topology: [topology])
   monkeypatch.setattr(estimate, "costs", lambda config, devices: {})
 
 
