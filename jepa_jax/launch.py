@@ -1,6 +1,7 @@
 """Several processes on one machine, as --processes asks for them."""
 
 import argparse
+import ctypes
 import math
 import os
 import signal
@@ -17,7 +18,8 @@ def processes(arguments: argparse.Namespace) -> int:
   """Runs this command as several processes on the CPU of this machine.
 
   Signals are passed on to all of them. Where one of them ends badly, the
-  others follow by themselves, or are ended after a minute.
+  others follow by themselves, or are ended after a minute. Where this process
+  is killed, they save and stop.
 
   Args:
     arguments: parsed flags, with those of distributed.add_flags.
@@ -46,6 +48,7 @@ def processes(arguments: argparse.Namespace) -> int:
       env=os.environ | {"JAX_PLATFORMS": "cpu"},
       # A terminal's Ctrl-C reaches them through this process alone.
       start_new_session=True,
+      preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     for i in range(count)
   ]
@@ -72,3 +75,12 @@ def processes(arguments: argparse.Namespace) -> int:
       print(f"process {i} was ended by {name}", file=sys.stderr)
   blamed = [c for c in codes if c > 0 and c != distributed.EXIT_LOST]
   return max(blamed, default=distributed.EXIT_LOST if any(codes) else 0)
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+  """Of a child: SIGTERM, once the process that has started it is gone."""
+  _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -48,18 +48,32 @@ def train_and_evaluate(
     Exit code: 0, or command.EXIT_PREEMPTED.
 
   Raises:
-    ValueError: config or workdir are not fit; FloatingPointError: the loss is
-      not finite.
+    ValueError: config or workdir are not fit, or another run is at work there;
+      FloatingPointError: the loss is not finite.
   """
+  from jepa_jax.training import owner as owner_lib
+
+  workdir = pathlib.Path(workdir)
+  with owner_lib.Owner(workdir) as owner:
+    program, open_data, unreadable = _prepare(config, workdir, owner)
+    end = min(stop_at or program.total_steps, program.total_steps)
+    return _run(program, open_data, unreadable, workdir, end)
+
+
+def _run(
+  program: Any,
+  open_data: Any,
+  unreadable: Any,
+  workdir: pathlib.Path,
+  end: int,
+) -> int:
+  """Trains from the newest checkpoint on; the exit code."""
   from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
 
-  workdir = pathlib.Path(workdir)
-  program, open_data, unreadable = _prepare(config, workdir)
   config = program.config
-  end = min(stop_at or program.total_steps, program.total_steps)
   with (
     distributed.Stopper() as stopper,
     checkpoints_lib.Checkpoints(
@@ -101,7 +115,9 @@ def train_and_evaluate(
   return 0
 
 
-def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
+def _prepare(
+  config: Any, workdir: pathlib.Path, owner: Any
+) -> tuple[Any, Any, Any]:
   """Program, function from a step to its data, and what could not be read.
 
   All that is wrong with config, workdir, data and evaluations shows here, not
@@ -123,6 +139,9 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
   unreadable = unreadable_lib.Unreadable(config.data.max_unreadable)
   with distributed.first_process_first("data"):
     check_workdir(claim, workdir)
+    first = not jax.process_index()
+    if first and workdir.exists():
+      owner.acquire()  # before anything takes long
     config = evaluation.resolve(config)
     program = program_lib.build(config, sharding.make_mesh(config.mesh))
     open_data = lambda start: pipeline.train_dataset(
@@ -136,7 +155,9 @@ def _prepare(config: Any, workdir: pathlib.Path) -> tuple[Any, Any, Any]:
     open_data(0)
     evaluation.check_data(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    if not jax.process_index():
+    if first:
+      owner.acquire()
+      check_workdir(claim, workdir)  # another run may have begun here
       text = json.dumps(claim, indent=2) + "\n"
       log_lib.write_whole(workdir / "config.json", text)
   return program, open_data, unreadable
