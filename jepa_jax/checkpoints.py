@@ -56,10 +56,10 @@ def _verify(checkpoint: pathlib.Path) -> int:
   started = time.perf_counter()
   try:
     state = _read(checkpoint / "state")
-    expected = digests.read(checkpoint)
-    if expected is not None:
+    record = digests.read(checkpoint)
+    if record is not None:
       digests.verify(state, checkpoint)
-      if missing := len(expected) - len(jax.tree.leaves(state)):
+      if missing := len(record["digests"]) - len(jax.tree.leaves(state)):
         raise ValueError(f"{missing} arrays are missing")
   except Exception as error:  # Orbax raises many for damaged files.
     text = " ".join(str(error).split())
@@ -67,8 +67,8 @@ def _verify(checkpoint: pathlib.Path) -> int:
     return _DAMAGED
   what = (
     "can be read; it was saved without digests"
-    if expected is None
-    else f"whole, {len(expected)} arrays"
+    if record is None
+    else f"whole, {len(record['digests'])} arrays"
   )
   seconds = time.perf_counter() - started
   print(

@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Iterable
 import json
 import pathlib
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 from jepa_jax import command
 from jepa_jax.training import distributed
@@ -55,29 +56,40 @@ def train_and_evaluate(
 
   workdir = pathlib.Path(workdir)
   with owner_lib.Owner(workdir) as owner:
-    program, open_data, unreadable = _prepare(config, workdir, owner)
-    end = min(stop_at or program.total_steps, program.total_steps)
-    return _run(program, open_data, unreadable, workdir, end)
+    parts = _prepare(config, workdir, owner)
+    total = parts.program.total_steps
+    return _run(parts, workdir, min(stop_at or total, total))
 
 
-def _run(
-  program: Any,
-  open_data: Any,
-  unreadable: Any,
-  workdir: pathlib.Path,
-  end: int,
-) -> int:
+class _Parts(NamedTuple):
+  """What a run is made of.
+
+  Attributes:
+    program: training.program.Program.
+    claim: the config as JSON values.
+    open_data: function from a step to the data from there on.
+    unreadable: what could not be read.
+  """
+
+  program: Any
+  claim: dict[str, Any]
+  open_data: Any
+  unreadable: Any
+
+
+def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
   """Trains from the newest checkpoint on; the exit code."""
   from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
 
+  program, claim, open_data, unreadable = parts
   config = program.config
   with (
     distributed.Stopper() as stopper,
     checkpoints_lib.Checkpoints(
-      workdir / "checkpoints", config.checkpoint
+      workdir / "checkpoints", config.checkpoint, claim
     ) as checkpoints,
   ):
     state = _first_state(program, checkpoints, workdir)
@@ -92,10 +104,12 @@ def _run(
         config.data.prefetch,
       ) as batches,
     ):
-      loop = _make_loop(program, state, batches, log, stopper, unreadable, end)
+      loop = _make_loop(
+        program, state, batches, log, stopper, unreadable, end, checkpoints
+      )
       _train(loop, program, checkpoints, log, trace, stopper, end)
       loop.meter.check()
-      checkpoints.finish(loop.state)
+      checkpoints.finish(loop.state, loop.meter.losses)
       run.write(loop.step, loop.meter.images_per_second)
       if loop.step < program.total_steps:
         log.say(f"stopped and saved at step {loop.step}")
@@ -115,10 +129,8 @@ def _run(
   return 0
 
 
-def _prepare(
-  config: Any, workdir: pathlib.Path, owner: Any
-) -> tuple[Any, Any, Any]:
-  """Program, function from a step to its data, and what could not be read.
+def _prepare(config: Any, workdir: pathlib.Path, owner: Any) -> _Parts:
+  """The parts of a run.
 
   All that is wrong with config, workdir, data and evaluations shows here, not
   after hours of training; only then is the workdir made.
@@ -160,7 +172,7 @@ def _prepare(
       check_workdir(claim, workdir)  # another run may have begun here
       text = json.dumps(claim, indent=2) + "\n"
       log_lib.write_whole(workdir / "config.json", text)
-  return program, open_data, unreadable
+  return _Parts(program, claim, open_data, unreadable)
 
 
 def _first_state(program: Any, checkpoints: Any, workdir: pathlib.Path) -> Any:
@@ -196,6 +208,7 @@ def _make_loop(
   stopper: Any,
   unreadable: Any,
   end: int,
+  checkpoints: Any,
 ) -> Any:
   """The loop, with what it is to watch."""
   from jepa_jax.evaluation import collapse
@@ -215,6 +228,7 @@ def _make_loop(
     alarm=lambda row: collapse.collapse_warning(row, limits),
     skipped=unreadable.news,
     peak_flops=chip and chip.bfloat16_flops,
+    losses=checkpoints.losses,
   )
 
 
@@ -250,11 +264,13 @@ def _train(
         return
       log.write(loop.step, evaluation.scores(rows))
       loop.meter.check()
-      checkpoints.save(loop.state, evaluation.best(rows, config))
+      checkpoints.save(
+        loop.state, evaluation.best(rows, config), loop.meter.losses
+      )
       loop.meter.pause()
     elif save_every and loop.step % save_every == 0:
       loop.meter.check()
-      checkpoints.save(loop.state)
+      checkpoints.save(loop.state, losses=loop.meter.losses)
 
 
 def _next_due(step: int, every: Iterable[int], at: Iterable[int]) -> int:
@@ -280,9 +296,7 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
   try:
     old = config_lib.flatten(describe(config_lib.read(path)))
   except ValueError:
-    raise ValueError(
-      f"{path} cannot be read; remove it or use another workdir."
-    ) from None
+    old = config_lib.flatten(_rebuild_config(path))
   new = config_lib.flatten(claim)
   changed = [
     f"{key}={old.get(key)!r} there, {new.get(key)!r} here"
@@ -294,6 +308,22 @@ def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
       f"workdir {workdir} holds a run of another config ("
       f"{'; '.join(changed)}); use another workdir or that config."
     )
+
+
+def _rebuild_config(path: pathlib.Path) -> dict[str, Any]:
+  """Writes a damaged config.json anew, from what checkpoints know of it."""
+  from jepa_jax import config as config_lib
+  from jepa_jax.training import checkpoints
+  from jepa_jax.training import log as log_lib
+
+  claim = checkpoints.claim_of_newest(path.parent / "checkpoints")
+  if claim is None:
+    raise ValueError(
+      f"{path} cannot be read; remove it or use another workdir."
+    )
+  print(f"{path} is damaged: taken from a checkpoint", file=sys.stderr)
+  log_lib.write_whole(path, json.dumps(claim, indent=2) + "\n")
+  return describe(config_lib.read(path))
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -9,17 +9,23 @@ from jepa_jax.training import digests
 TYPES = ("float32", "bfloat16", "int32", "uint8", "bool", "float16")
 
 
+def normal(shape, dtype="float32"):
+  x = np.random.default_rng(0).standard_normal(shape) * 90
+  return np.asarray(jnp.asarray(x).astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 2)])
 def test_host_and_device_agree(dtype, shape):
-  x = np.random.default_rng(0).standard_normal(shape) * 90
-  x = np.asarray(jnp.asarray(x).astype(dtype))
-  on_device = digests._of_jax(jnp.asarray(x))
-  np.testing.assert_array_equal(digests._of_numpy(x), on_device)
+  x, starts = normal(shape, dtype), np.zeros(len(shape), np.uint32)
+  on_device = digests._of_jax(jnp.asarray(x), starts, shape)
+  np.testing.assert_array_equal(
+    digests._of_numpy(x, tuple(starts), shape), on_device
+  )
 
 
 def test_every_bit_and_every_place_counts():
-  x = np.random.default_rng(1).standard_normal(70_001).astype(np.float32)
+  x = normal(70_001)
   of = lambda x: digests.digests({"x": x})["x"]
   seen = {of(x), of(x[::-1]), of(np.roll(x, 1)), of(-x), of(x[:-1])}
   for bit in range(32):
@@ -39,12 +45,18 @@ def test_the_digest_of_known_numbers_stays():
   }
 
 
-def test_a_sharded_array_has_the_digest_of_the_whole():
-  x = np.random.default_rng(2).standard_normal((6, 5)).astype(np.float32)
-  whole = digests._of_numpy(x)
-  halves = [x[:3], x[3:]]
-  index = np.arange(30, dtype=np.uint32).reshape(6, 5)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("on", ["host", "device"])
+def test_the_digests_of_shares_add_up_to_that_of_the_whole(axis, on):
+  x = normal((6, 10, 4))
+  whole = digests._of_numpy(x, (0, 0, 0), x.shape)
   sums = np.zeros(2, np.uint32)
-  for half, at in zip(halves, (index[:3], index[3:])):
-    sums += np.stack(digests._sums(np, half.view(np.uint32), at))
+  for number, share in enumerate(np.split(x, 2, axis)):
+    starts = [0, 0, 0]
+    starts[axis] = number * share.shape[axis]
+    if on == "host":
+      sums += digests._of_numpy(share, tuple(starts), x.shape)
+    else:
+      starts = np.asarray(starts, np.uint32)
+      sums += digests._of_jax(jnp.asarray(share), starts, x.shape)
   np.testing.assert_array_equal(sums, whole)

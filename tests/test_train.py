@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import conftest
 import jax
 import numpy as np
 import pytest
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2
 
 from jepa_jax import command, evaluate, train
 from jepa_jax import config as config_lib
@@ -70,6 +73,31 @@ def metrics(workdir):
   return rows
 
 
+def points(workdir):
+  """(step, tag) of what TensorBoard shows, a START heeded as it does it."""
+  found = []
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      for start, crc in ((0, 8), (12, 12 + length)):
+        seen = record_writer.masked_crc32c(data[start:crc])
+        assert struct.pack("<I", seen) == data[crc : crc + 4]
+      data = data[16 + length :]
+      if event.session_log.status == event_pb2.SessionLog.START:
+        found = [point for point in found if point[0] < event.step]
+      found += [(event.step, value.tag) for value in event.summary.value]
+  return found
+
+
+def assert_no_point_twice(workdir):
+  found = points(workdir)
+  assert len(found) == len(set(found))
+  steps = {step for step, row in metrics(workdir).items() if "loss" in row}
+  assert {step for step, tag in found if tag == "loss"} == steps
+
+
 def assert_stops_and_goes_on(config, workdir, whole, stop_at, end):
   """In two halves, the run ends in the bits of the whole one."""
   code = train.train_and_evaluate(config, workdir, stop_at=stop_at)
@@ -79,7 +107,11 @@ def assert_stops_and_goes_on(config, workdir, whole, stop_at, end):
   assert int(a.step) == int(b.step) == end
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
     np.testing.assert_array_equal(x, y)
-  assert metrics(whole)[end]["loss"] == metrics(workdir)[end]["loss"]
+  rows, of_whole = metrics(workdir), metrics(whole)
+  assert {stop_at, stop_at + 1} <= rows.keys() and end in of_whole
+  for step in rows.keys() & of_whole.keys():
+    assert rows[step]["loss"] == of_whole[step]["loss"], step
+  assert_no_point_twice(workdir)
 
 
 def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
@@ -577,3 +609,73 @@ def test_the_command_line_answers_in_one_line(tmp_path, arguments, message):
   assert message in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
   assert not (tmp_path / "x").exists()
+
+
+def row_of(workdir, start, step, value, close=True):
+  rows = log.Log(workdir, start=start, total=9, quiet=True)
+  rows.write(step, {"loss": value})
+  if close:
+    rows.__exit__()
+  return rows
+
+
+def test_a_row_is_on_disk_once_it_is_written(tmp_path):
+  held = row_of(tmp_path, 0, 3, 0.5, close=False)  # until the process is gone
+  assert points(tmp_path) == [(3, "loss")]
+  assert metrics(tmp_path) == {3: {"step": 3, "loss": 0.5}}
+  held.__exit__()
+
+
+def test_what_a_killed_process_wrote_later_is_no_point(tmp_path):
+  for start, step in ((0, 2), (0, 4), (2, 4), (4, 5)):
+    row_of(tmp_path, start, step, 0.5)
+    folder = tmp_path / "tensorboard"
+    for path in folder.glob("events*"):  # each process has its own
+      path.rename(folder / f"{start}{step}")
+  assert points(tmp_path) == [(4, "loss"), (5, "loss")]
+
+
+@pytest.mark.parametrize(
+  "last, kept",
+  [
+    ('{"step": 4, "lo', ""),
+    ("\0\0\0", ""),
+    ('{"step": 4, "loss": 1.0}', '{"step": 4, "loss": 1.0}\n'),
+    ("", ""),
+  ],
+)
+def test_a_torn_line_of_metrics_is_dropped_aloud(tmp_path, capsys, last, kept):
+  path, whole = tmp_path / "metrics.jsonl", '{"step": 2, "loss": 2.0}\n'
+  path.write_text(whole + last)
+  row_of(tmp_path, 4, 6, 0.25)
+  row = '{"step": 6, "loss": 0.25}\n'
+  assert path.read_text() == whole + kept + row
+  said = capsys.readouterr().err
+  assert ("cut short, and is dropped" in said) == (last > kept)
+
+
+def test_an_evaluation_is_not_repeated_in_the_log(tmp_path):
+  for start in (6, 9, 9):
+    row_of(tmp_path, start, 9, 0.5)
+  assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["", "[", "\0" * 40], ids=len)
+def test_a_damaged_config_is_taken_from_a_checkpoint(
+  run_config, stopped, capsys, damage
+):
+  path = stopped / "config.json"
+  whole = path.read_text()
+  path.write_text(damage)
+  claim = train.describe(run_config)
+  train.check_workdir(claim, stopped)
+  assert "is damaged: taken from a checkpoint" in capsys.readouterr().err
+  assert path.read_text() == whole
+  path.write_text(damage)
+  claim["encoder"]["mlp_ratio"] = 2.0
+  with pytest.raises(ValueError, match="another config"):
+    train.check_workdir(claim, stopped)
+  path.write_text(damage)
+  shutil.rmtree(stopped / "checkpoints")
+  with pytest.raises(ValueError, match="cannot be read; remove it or use"):
+    train.check_workdir(claim, stopped)

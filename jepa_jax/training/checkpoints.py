@@ -4,6 +4,7 @@ The position of the data is the step, since order is a function of it; so the
 state is all that a checkpoint holds.
 """
 
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import itertools
@@ -33,21 +34,31 @@ class Checkpoints:
   start names and removes; what has its final name is whole. Each holds the
   digests of its arrays, so that what the disk changes later is found. With
   several processes, all of them open the same folder and call the same methods.
+
+  Attributes:
+    losses: of the checkpoint restored: (step, loss) that `save` was given.
   """
 
   def __init__(
     self,
     folder: pathlib.Path | str,
     settings: ml_collections.ConfigDict | None = None,
+    claim: dict[str, Any] | None = None,
   ):
     """Opens a folder.
 
     Args:
       folder: made when the first checkpoint is saved.
       settings: config.checkpoint; None opens it for reading alone.
+      claim: the whole config as JSON values, kept with each checkpoint.
+
+    Raises:
+      OSError: the folder cannot be written to.
     """
     self._folder = pathlib.Path(folder).resolve()
     self._settings = settings
+    self._claim = claim
+    self.losses: list[tuple[int, float]] = []
     if settings is not None:
       self._folder.mkdir(parents=True, exist_ok=True)
     elif not self._folder.is_dir():
@@ -112,7 +123,10 @@ class Checkpoints:
         self._manager.close()
 
   def save(
-    self, state: program_lib.TrainState, score: float | None = None
+    self,
+    state: program_lib.TrainState,
+    score: float | None = None,
+    losses: Sequence[tuple[int, float]] = (),
   ) -> None:
     """Starts saving a state and returns once it is copied off the device.
 
@@ -122,6 +136,8 @@ class Checkpoints:
     Args:
       state: what to save; a step that is there already is not saved again.
       score: what keep_best compares, larger is better.
+      losses: (step, loss) of the steps that the next row of the log averages
+        with those to come.
     """
     step = int(state.step)
     self.wait()
@@ -142,13 +158,17 @@ class Checkpoints:
       self._saving = None  # nothing was begun
       return
     parts = _parts(state)
-    record = {"digests": digests_lib.digests(parts)}
+    record = {
+      "digests": digests_lib.digests(parts),
+      "losses": [[step, float(loss)] for step, loss in losses],
+      "config": self._claim,
+    }
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(parts),
-          record=ocp.args.JsonSave(record),
+          record=ocp.args.JsonSave(digests_lib.seal(record)),
         ),
         metrics=None if score is None else {"score": score},
         force=True,
@@ -188,14 +208,18 @@ class Checkpoints:
       " ".join(str(error).split()),
     )
 
-  def finish(self, state: program_lib.TrainState) -> None:
-    """Saves a state and returns when it is on disk.
+  def finish(
+    self,
+    state: program_lib.TrainState,
+    losses: Sequence[tuple[int, float]] = (),
+  ) -> None:
+    """Saves a state and returns when it is on disk; see `save`.
 
     Raises:
       ValueError: it cannot be saved.
     """
     step = int(state.step)
-    self.save(state)
+    self.save(state, losses=losses)
     if not self.wait() or step not in self._manager.all_steps():
       kept = ", ".join(map(str, self.steps())) or "none"
       raise ValueError(
@@ -285,6 +309,18 @@ class Checkpoints:
     digests_lib.verify(_parts(state), self._folder / str(step))
     if int(state.step) != step:
       raise ValueError(f"its state is that of step {int(state.step)}")
+    record = digests_lib.read(self._folder / str(step)) or {}
+    self.losses = [(n, loss) for n, loss in record.get("losses", ())]
+
+
+def claim_of_newest(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The config that the newest checkpoint with one was saved with."""
+  steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+  for step in sorted(steps, reverse=True):
+    with contextlib.suppress(ValueError):
+      if (record := digests_lib.read(folder / str(step))) is not None:
+        return record["config"]
+  return None
 
 
 def _parts(state: program_lib.TrainState) -> dict[str, Any]:

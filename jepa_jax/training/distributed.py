@@ -263,6 +263,15 @@ def agree(value: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
+def add_up(x: np.ndarray) -> np.ndarray:
+  """The sum of the arrays of all processes, in their type; collective."""
+  from jax.experimental import multihost_utils
+
+  if not active():
+    return x
+  return multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype)
+
+
 def gather(rows: Any, sharding: Any) -> np.ndarray:
   """The rows of all processes on the host of each; collective.
 

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 from typing import Any
@@ -14,11 +16,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from tensorboardX import event_file_writer
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
-
-_FLUSH_SECONDS = 10  # between two waits for the disk
 
 
 def write_whole(path: os.PathLike[str], data: str | bytes) -> None:
@@ -64,6 +64,7 @@ class Log:
       quiet: whether to show nothing of the rows.
     """
     self._active = jax.process_index() == 0
+    self._start = start
     self._total = total
     self._quiet = quiet
     # A bar that nobody watches would fill a file with half-drawn lines.
@@ -77,17 +78,18 @@ class Log:
     if not self._active:
       return
     path = workdir / "metrics.jsonl"
-    old = path.read_bytes() if path.exists() else b""
-    cut = old and not old.endswith(b"\n")
+    self._last = _mend(path)
     self._file = path.open("a", encoding="utf-8")
-    if cut:  # A kill may have cut the last line short.
-      self._file.write("\n")
     folder = workdir / "tensorboard"
     folder.mkdir(exist_ok=True)
     # Not SummaryWriter: its thread dies of a full disk, and then add_scalar
     # waits for it for ever.
-    self._events = event_file_writer.EventsWriter(str(folder / "events"))
-    self._flushed = -math.inf
+    name = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    self._events = (folder / f"events.out.tfevents.{name}").open("ab")
+    self._write_event(file_version="brain.Event:2")
+    # TensorBoard forgets what a process before has written of later steps.
+    begins = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write_event(step=start + 1, session_log=begins)
     self._failing = False
 
   def __enter__(self) -> "Log":
@@ -136,21 +138,26 @@ class Log:
       name: value if math.isfinite(value) else None
       for name, value in metrics.items()
     }
-    self._file.write(json.dumps({"step": step, **row}) + "\n")
-    now = time.time()
+    line = json.dumps({"step": step, **row})
+    if line == self._last and step == self._start:
+      return  # of the evaluation, before a kill in the report
+    self._last = line
+    self._file.write(line + "\n")
     values = [
       summary_pb2.Summary.Value(tag=name, simple_value=value)
       for name, value in metrics.items()
     ]
-    self._events.write_event(
-      event_pb2.Event(
-        wall_time=now, step=step, summary=summary_pb2.Summary(value=values)
-      )
-    )
-    self._file.flush()
-    if now > self._flushed + _FLUSH_SECONDS:  # waits for the disk
-      self._events.flush()
-      self._flushed = now
+    self._write_event(step=step, summary=summary_pb2.Summary(value=values))
+    for file in (self._file, self._events):
+      file.flush()  # a kill loses nothing of it
+
+  def _write_event(self, **content: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), **content)
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    for part in (length, data):
+      checksum = record_writer.masked_crc32c(part)
+      self._events.write(part + struct.pack("<I", checksum))
 
   def _complain(self, error: OSError) -> None:
     # What could not be written waits in memory for the next row.
@@ -169,6 +176,31 @@ class Log:
       self._bar.write(text, file=sys.stderr)
     elif everywhere:
       print(f"process {jax.process_index()}: {text}", file=sys.stderr)
+
+
+def _mend(path: pathlib.Path) -> str:
+  """Drops a last line of metrics.jsonl that a kill has cut short.
+
+  Returns:
+    The last line that is whole, "" where there is none.
+  """
+  data = path.read_bytes() if path.exists() else b""
+  whole, _, last = data.rpartition(b"\n")
+  if not last:
+    return whole.rpartition(b"\n")[2].decode(errors="replace")
+  try:
+    json.loads(last)
+  except ValueError:
+    text = last[:60].decode(errors="replace")
+    print(
+      f"{path}: its last line was cut short, and is dropped: {text!r}",
+      file=sys.stderr,
+    )
+    os.truncate(path, len(data) - len(last))
+    return ""
+  with path.open("ab") as file:
+    file.write(b"\n")
+  return last.decode()
 
 
 class Trace:

@@ -4,7 +4,7 @@ It knows no data set, no evaluation and no hardware: what it says of them comes
 from what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 import resource
 import sys
@@ -41,6 +41,7 @@ class Loop:
     alarm: Callable[[Row], str] = lambda row: "",
     skipped: Callable[[], list[str]] = lambda: [],
     peak_flops: float | None = None,
+    losses: Sequence[tuple[int, float]] = (),
   ):
     """Takes the parts of a run; nothing happens yet.
 
@@ -56,14 +57,15 @@ class Loop:
       skipped: a line for every image that was skipped since the last call;
         raises ValueError where they are too many.
       peak_flops: operations a second of one device, None where not known.
+      losses: Meter.losses when the state was saved.
     """
     self.state = state
     self.step = self._start = int(state.step)
-    self.meter = Meter(program, batches, watch, peak_flops)
+    self.meter = Meter(program, batches, watch, peak_flops, losses)
     self._program = program
     self._batches = batches
     self._log = log
-    self._log_every = max(1, config_lib.steps(program.config, "log_every"))
+    self._log_every = _log_every(program)
     self._stopper = stopper
     self._end = end
     self._alarm = alarm
@@ -93,8 +95,17 @@ class Loop:
       self._log.say(line, everywhere=True)
 
 
+def _log_every(program: program_lib.Program) -> int:
+  return max(1, config_lib.steps(program.config, "log_every"))
+
+
 class Meter:
-  """Collects the metrics of steps without waiting for the device."""
+  """Collects the metrics of steps without waiting for the device.
+
+  Attributes:
+    losses: (step, loss) since the last step that log_every divides: what the
+      next row averages, wherever the run was stopped and resumed.
+  """
 
   def __init__(
     self,
@@ -102,6 +113,7 @@ class Meter:
     batches: Any,
     watch: Callable[[jax.Array], dict[str, jax.Array]],
     peak_flops: float | None,
+    losses: Sequence[tuple[int, float]],
   ):
     """Takes what it reads; see Loop."""
     self._config = program.config
@@ -109,7 +121,8 @@ class Meter:
     self._devices = program.mesh.size
     self._flops = program.objective.flops()
     self._peak = peak_flops and peak_flops * self._devices
-    self._losses: list[tuple[int, Any]] = []
+    self._log_every = _log_every(program)
+    self.losses: list[tuple[int, Any]] = list(losses)
     self._metrics: dict[str, Any] = {}
     self._watch = jax.jit(lambda features: watch(features[:256]))
     self._images = 0  # since the first step, which compiles
@@ -119,15 +132,17 @@ class Meter:
 
   def add(self, step: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of a step, still on the device."""
-    self._losses.append((step, metrics["loss"]))
+    if (step - 1) % self._log_every == 0:  # all before it are in a row
+      self.losses = []
+    self.losses.append((step, metrics["loss"]))
     self._metrics = metrics
     self._steps += 1
 
   def check(self) -> None:
     """Raises FloatingPointError at a loss that is not finite."""
     # All at once: one wait for the device, not one a step.
-    self._losses = jax.device_get(self._losses)
-    for step, loss in self._losses:
+    self.losses = jax.device_get(self.losses)
+    for step, loss in self.losses:
       if not math.isfinite(loss):
         raise FloatingPointError(
           f"the loss of step {step} is {loss}; the last checkpoint "
@@ -141,7 +156,7 @@ class Meter:
     self.check()
     row = jax.device_get(self._metrics | watched)
     row = {name: float(value) for name, value in row.items()}
-    losses = [float(loss) for _, loss in self._losses]
+    losses = [float(loss) for _, loss in self.losses]
     row["loss"] = sum(losses) / len(losses)
     now = time.perf_counter()
     if self._since is not None:
@@ -171,7 +186,6 @@ class Meter:
 
   def pause(self) -> None:
     """Starts the clock anew, after work that is not training."""
-    self._losses = []
     self._steps = 0
     self._batches.wait_seconds = 0.0
     self._since = time.perf_counter()
