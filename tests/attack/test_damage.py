@@ -178,13 +178,18 @@ def test_load_and_convert_take_no_damaged_weights(
   claim = train.describe(conftest.small_config())
   (tmp_path / "config.json").write_text(json.dumps(claim))
   encoder = lambda: formats.read(tmp_path, None).networks["target"]
-  newest, path = encoder(), folder / largest(folder)
-  flip(path, random.Random(0))
+  newest = encoder()
+  for path in files(folder):
+    if path.parent.name == "d":  # what lies where differs from save to save
+      data = bytearray((folder / path).read_bytes())
+      for place in range(500, len(data), 1000):
+        data[place] ^= 16
+      (folder / path).write_bytes(data)
   older = encoder()
   assert "step 4:" in caplog.text and "trying the one before" in caplog.text
   for a, b in zip(jax.tree.leaves(newest), jax.tree.leaves(older)):
     assert np.any(a != b)
-  with pytest.raises(ValueError, match="step 4: .*not the numbers"):
+  with pytest.raises(ValueError, match="step 4: "):
     formats.read(folder / "4", "all")
 
 
