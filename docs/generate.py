@@ -78,7 +78,7 @@ def source_of(module: str) -> pathlib.Path:
 
 def config_page() -> str:
   """Every key with its default, the values it takes and what it is."""
-  from jepa_jax import config, config_table, objectives
+  from jepa_jax import config, config_table
 
   functions = {
     node.name: node
@@ -87,27 +87,17 @@ def config_page() -> str:
   }
   page = [_MADE, "# Configuration\n", _CONFIG]
   page.append(docstring(functions["defaults"]))
-  groups: dict[str, list[str]] = {group: [] for group in ("", "method")}
-  for name, key in config_table.KEYS.items():
+  groups: dict[str, list[str]] = {"": []}
+  for name, key in config.reference().items():
     groups.setdefault(name.rpartition(".")[0], []).append(row(name, key))
-  # In the order of the table, with those of other objectives at its end.
-  groups["method"] = groups.pop("method") + [
-    row(f"method.{name}", key)
-    for objective in objectives.OBJECTIVES
-    for name, key in config.method_keys(objective).items()
-  ]
-  groups["evaluations"] = [
-    row(f"evaluations.NAME.{name}", key)
-    for name, key in config_table.EVALUATION.items()
-  ]
   for group, rows in groups.items():
+    group = group.removesuffix(".NAME")
     page.append(f"## {group or 'The run'}\n")
     if group in config_table.GROUPS:
       page.append(_sentence(config_table.GROUPS[group]) + "\n")
     if group == "evaluations":
       page.append(docstring(functions["evaluation"]))
-    if rows:
-      page.append(_HEAD + "".join(rows))
+    page.append(_HEAD + "".join(rows))
   return "\n".join(page)
 
 

@@ -7,12 +7,15 @@ and exit code 2, without a traceback.
 
 import argparse
 from collections.abc import Callable
+import importlib.machinery
 import importlib.util
 import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
+from typing import NoReturn
 
 import ml_collections
 
@@ -39,9 +42,11 @@ def run(
     tune_allocator: sets the allocator for train steps on a CPU.
   """
   try:
+    parser.error = _usage_error
     arguments, rest = parser.parse_known_args()
     overrides = [a for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
+    _check_equal_signs(rest)
     if unknown or (overrides and not hasattr(arguments, "config")):
       known = [o for a in parser._actions for o in a.option_strings]
       raise keys.unknown("flag", (unknown or overrides)[0], known)
@@ -72,6 +77,20 @@ def run(
   sys.exit(code)
 
 
+def _usage_error(message: str) -> NoReturn:
+  """What argparse calls, which would print the usage and more lines."""
+  # "argument --rounds: --rounds is 0; ..." of keys.flag names it twice.
+  raise ValueError(re.sub(r"^argument (\S+?)(/\S+)?: (?=\1 )", "", message))
+
+
+def _check_equal_signs(rest: list[str]) -> None:
+  """Raises a ValueError for `--config.key value`."""
+  for override, value in zip(rest, [*rest[1:], ""]):
+    if override.startswith("--config.") and "=" not in override:
+      value = "..." if value.startswith("--") or not value else value
+      raise ValueError(f"{override} needs a value: {override}={value}")
+
+
 def fail(error: Exception) -> int:
   """Prints an error as one line and returns the exit code for it."""
   text = " ".join(str(error).split()) or type(error).__name__
@@ -90,6 +109,51 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     "an evaluation, without a label it takes one away, and "
     "--config.evaluations= all of them",
   )
+  parser.add_argument(
+    "--help_config",
+    action=_HelpConfig,
+    nargs="?",
+    metavar="KEY",
+    help="say what the keys of a config are, or those that begin with KEY, and "
+    "exit",
+  )
+
+
+class _HelpConfig(argparse.Action):
+  """Prints keys with their values, as --help does flags, and exits."""
+
+  def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    print(help_config(values or ""))
+    parser.exit()
+
+
+def help_config(part: str = "") -> str:
+  """What the keys of a config are.
+
+  Args:
+    part: a key, or what its name begins with or has; "" for all.
+
+  Returns:
+    Some lines for each: name and default, the values it takes, what it is.
+
+  Raises:
+    ValueError: there is no such key.
+  """
+  known = config_lib.reference()
+  names = [name for name in known if name == part]
+  names = names or [name for name in known if name.startswith(part)]
+  names = names or [name for name in known if part in name]
+  if not names:
+    raise keys.unknown("config key", part, list(known))
+  wrap = lambda text: textwrap.fill(
+    text, 80, initial_indent="    ", subsequent_indent="    "
+  )
+  paragraphs = []
+  for name in names:
+    key = known[name]
+    paragraphs.append(f"{name} = {key.default!r}\n{wrap(str(key.kind))}")
+    paragraphs[-1] += f"\n{wrap(key.doc)}"
+  return "\n".join(paragraphs)
 
 
 def load_config(
@@ -115,16 +179,7 @@ def load_config(
     raise ValueError(
       f'no config file "{file}"; in {folder}: {", ".join(near)}.'
     )
-  spec = importlib.util.spec_from_file_location("experiment", file)
-  module = importlib.util.module_from_spec(spec)
-  # An experiment may import its neighbours.
-  folder = str(pathlib.Path(file).resolve().parent)
-  if folder not in sys.path:
-    sys.path.append(folder)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise ValueError(f'config file "{file}" defines no get_config().')
-  config = module.get_config(variant) if variant else module.get_config()
+  config = _experiment(file, variant)
   config_lib.check_names(config)
   # The objective first, for it decides which other keys there are.
   first = lambda override: not override.startswith("--config.objective=")
@@ -136,7 +191,58 @@ def load_config(
   given = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
   if given & _DATA_KEYS and "data.num_examples" not in given:
     config.data.num_examples = 0  # the experiment's are of other data
+  config_lib.check(config)
   return config.lock()
+
+
+def _experiment(file: str, variant: str) -> ml_collections.ConfigDict:
+  """What get_config of a file returns; all that it raises is a ValueError."""
+  try:
+    spec = importlib.util.spec_from_file_location(
+      "experiment",
+      file,
+      loader=importlib.machinery.SourceFileLoader("experiment", file),
+    )
+    module = importlib.util.module_from_spec(spec)
+    # An experiment may import its neighbours.
+    folder = str(pathlib.Path(file).resolve().parent)
+    if folder not in sys.path:
+      sys.path.append(folder)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+      raise ValueError("the config file defines no get_config().")
+    config = module.get_config(variant) if variant else module.get_config()
+  except Exception as error:
+    if os.environ.get("JEPA_JAX_TRACEBACK"):
+      raise
+    raise ValueError(f"{_place(file, error)}: {_what(error)}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f"{file}: get_config returns {type(config).__name__}; it needs a "
+      "ConfigDict that starts from jepa_jax.config.defaults()."
+    )
+  return config
+
+
+def _place(file: str, error: Exception) -> str:
+  """ "FILE, line N" of what was raised in an experiment, or below it."""
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == file
+  ]
+  if isinstance(error, SyntaxError) and error.filename == file:
+    lines.append(error.lineno)
+  return f"{file}, line {lines[-1]}" if lines else file
+
+
+def _what(error: Exception) -> str:
+  """Its message; of what nobody wrote for a user, with its type."""
+  if isinstance(error, SyntaxError):
+    return f"{type(error).__name__}: {error.msg}"
+  if isinstance(error, ValueError):
+    return str(error)
+  return f"{type(error).__name__}: {error}"
 
 
 # What decides how many images an epoch has.

@@ -23,6 +23,10 @@ choose = keys.choose
 _MOST_STEPS = 10**7  # of a run: its schedules are tables, 12 bytes a step
 
 
+# Keys that the config.json of every version's runs has.
+_OLDEST = ("batch_size", "data.image_size", "encoder.width", "encoder.depth")
+
+
 def defaults(objective: str = "") -> ml_collections.ConfigDict:
   """Every key there is: ViT-H/14 as released, on ImageNet-1k.
 
@@ -74,6 +78,19 @@ def method_keys(objective: str) -> dict[str, keys.Key]:
   from jepa_jax import objectives
 
   return objectives.load(objective).keys
+
+
+def reference() -> dict[str, keys.Key]:
+  """Every key of the package: the table's, evaluations' and objectives'."""
+  from jepa_jax import objectives
+
+  found = dict(config_table.KEYS)
+  for name, key in config_table.EVALUATION.items():
+    found[f"evaluations.NAME.{name}"] = key
+  for objective in objectives.OBJECTIVES:
+    for name, key in method_keys(objective).items():
+      found[f"method.{name}"] = key
+  return found
 
 
 def keys_of(config: ml_collections.ConfigDict) -> dict[str, keys.Key]:
@@ -147,7 +164,11 @@ def evaluation_data(
 
 
 def read(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """Loads the config.json of a run; keys that it lacks have their defaults."""
+  """Loads the config.json of a run; keys that it lacks have their defaults.
+
+  Raises:
+    ValueError: it is no such file, or a value is out of its range.
+  """
 
   def restore(value: Any) -> Any:
     if isinstance(value, dict):
@@ -158,6 +179,9 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
 
   try:
     stored = json.loads(path.read_text())
+    lacking = [key for key in _OLDEST if key not in flatten(stored)]
+    if lacking:
+      raise ValueError(f"it lacks {', '.join(lacking[:3])}, which runs have")
     # An older version had other names, and lacks keys that are newer.
     compute = stored.get("compute", {})
     if compute.get("attention") == "own":
@@ -166,14 +190,19 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     data = stored.get("data", {})
     if data.get("source") == "folder" and "label" not in data:
       data["split"] = "all"  # a folder had no splits
-    stored = restore(stored)
-  except (AttributeError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read: {error}.") from None
-  config = defaults()
-  with config.ignore_type():
-    config.update(stored)
-    with contextlib.suppress(ValueError):  # not to be imported here: kept as is
+    config = defaults()
+    with config.ignore_type():
+      config.update(restore(stored))
+      for name, settings in config.evaluations.items():
+        config.evaluations[name] = evaluation("label")
+        config.evaluations[name].update(settings)
+    known = dict(config_table.KEYS)
+    with contextlib.suppress(ValueError):  # not to be imported here: as it is
       fill_method(config)
+      known = keys_of(config)
+    _check_table(config, known)
+  except (AttributeError, RecursionError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
   return config
 
 
@@ -244,8 +273,16 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: one line that says what it got and what it needs.
   """
+  _check_table(config, keys_of(config))
+  for relation in _RELATIONS:
+    relation(config)
+
+
+def _check_table(
+  config: ml_collections.ConfigDict, known: dict[str, keys.Key]
+) -> None:
   leaves = flatten(config)
-  for name, key in keys_of(config).items():
+  for name, key in known.items():
     if name in leaves:
       key.kind.check(name, leaves[name])
     elif ".data." not in name:  # of an evaluation, which says what differs
@@ -253,8 +290,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'the config of objective "{config.objective}" has no {name}; start '
         "from config.defaults(OBJECTIVE), or see config.fill_method."
       )
-  for relation in _RELATIONS:
-    relation(config)
 
 
 def check_names(config: ml_collections.ConfigDict) -> None:
