@@ -8,7 +8,7 @@ from jepa_jax import keys
 
 Key, number, whole = keys.Key, keys.number, keys.whole
 
-MOST_PATCHES = 2**16  # of an image, whose attention scores are their square
+MOST_PATCHES = 2**14  # of an image; attention scores are its square
 
 _SHARE = number(0.0, 1.0)
 _SOME = number(0.0, 1.0, without="least")  # a share above 0
