@@ -37,7 +37,8 @@ def run(
 
   Args:
     main: takes the parsed flags, with the loaded config as `config` where the
-      parser has --config; returns an exit code, None for 0.
+      parser has --config, and what it was made of as `config_file` and
+      `overrides`; returns an exit code, None for 0.
     parser: the command's own flags.
     tune_allocator: sets the allocator for train steps on a CPU.
   """
@@ -51,6 +52,7 @@ def run(
       known = [o for a in parser._actions for o in a.option_strings]
       raise keys.unknown("flag", (unknown or overrides)[0], known)
     if hasattr(arguments, "config"):
+      arguments.config_file, arguments.overrides = arguments.config, overrides
       arguments.config = load_config(arguments.config, overrides)
     if tune_allocator:
       allocator.set_for_training()

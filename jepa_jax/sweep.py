@@ -1,0 +1,274 @@
+"""Trains an experiment once for every setting of a grid and every seed.
+
+    python -m jepa_jax.sweep --config experiments/quickstart.py \\
+      --over masks.num_targets=1,2,4 --seeds 3 --workdir DIR
+
+A run is a process of its own in a folder of its own under DIR. The same command
+goes on after a stop: finished runs are not done again, and values may be added.
+DIR gets results.jsonl, a line a run, and sweep.html. Flags that are not listed
+here, such as --config.total="500 steps", are every run's.
+
+Exit codes: 0 done, 1 runs failed, 2 something in the input is wrong, 75 stopped
+by a signal.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import tqdm
+
+from jepa_jax import command
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training of a sweep.
+
+  Attributes:
+    cell: config key -> value as text, of what is swept.
+    seed: of the run.
+    folder: its workdir.
+    overrides: "--config.key=value" of everything that is changed.
+  """
+
+  cell: dict[str, str]
+  seed: int
+  folder: pathlib.Path
+  overrides: tuple[str, ...]
+
+  @property
+  def name(self) -> str:
+    """The cell in words: the last part of each key, and the value."""
+    pairs = (f"{k.rpartition('.')[2]}={v}" for k, v in self.cell.items())
+    return " ".join(pairs) or "all"
+
+  @property
+  def done(self) -> bool:
+    """Whether it ran to its end: the report is written last."""
+    return (self.folder / "report.html").exists()
+
+  def command(self, config: str) -> list[str]:
+    """What trains it."""
+    return [
+      *(sys.executable, "-m", "jepa_jax.train", "--config", config),
+      *("--workdir", str(self.folder), *self.overrides),
+    ]
+
+
+def split_values(text: str) -> list[str]:
+  """ "1,2" -> ["1", "2"]; commas in brackets and quotes divide nothing."""
+  values, depth, quote, start = [], 0, "", 0
+  for i, letter in enumerate(text):
+    if quote:
+      quote = "" if letter == quote else quote
+    elif letter in "\"'":
+      quote = letter
+    else:
+      depth += (letter in "([{") - (letter in ")]}")
+      if letter == "," and depth == 0:
+        values.append(text[start:i])
+        start = i + 1
+  return [value.strip() for value in (*values, text[start:])]
+
+
+def plan(
+  over: list[str], seeds: int, overrides: list[str], workdir: pathlib.Path
+) -> list[Run]:
+  """All runs of a sweep: every combination of values, seed after seed.
+
+  All cells have their first run before any has its second, so that a sweep
+  that is stopped says something of each.
+
+  Args:
+    over: "key=value,value" each.
+    seeds: runs a cell, with seeds from 0 on.
+    overrides: "--config.key=value" of every run.
+    workdir: of the sweep.
+
+  Raises:
+    ValueError: a key without values, twice, or that is also an override.
+  """
+  if seeds < 1:
+    raise ValueError(f"--seeds is {seeds}; it needs at least 1.")
+  grid: dict[str, list[str]] = {}
+  fixed = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
+  for text in over:
+    key, equals, values = text.partition("=")
+    key = key.removeprefix("config.")
+    if not equals or "" in (found := split_values(values)):
+      raise ValueError(
+        f'--over "{text}" needs a key and values, such as '
+        "masks.num_targets=1,2,4."
+      )
+    if key in grid or key in fixed or key == "seed":
+      raise ValueError(
+        f'--over "{text}": {key} is set by '
+        f"{'--seeds' if key == 'seed' else 'another flag'} too; give it once."
+      )
+    if len({*found}) < len(found):
+      raise ValueError(f'--over "{text}" has a value twice.')
+    grid[key] = found
+  if "seed" in fixed:
+    raise ValueError("--config.seed is set; --seeds says how many there are.")
+  runs = []
+  for seed in range(seeds):
+    for values in itertools.product(*grid.values()):
+      cell = dict(zip(grid, values))
+      changed = [f"--config.{k}={v}" for k, v in cell.items()]
+      name = ",".join([*cell.values(), f"seed{seed}"])
+      runs.append(
+        Run(
+          cell,
+          seed,
+          workdir / re.sub(r"[^\w.,=+-]+", "_", name),
+          (*overrides, *changed, f"--config.seed={seed}"),
+        )
+      )
+  if len({run.folder for run in runs}) < len(runs):
+    raise ValueError("values differ only in signs that a folder cannot have.")
+  return runs
+
+
+def claim(workdir: pathlib.Path, arguments: argparse.Namespace) -> None:
+  """Makes the folder of a sweep, or sees that it is of the same one.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  from jepa_jax.training import log
+
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"workdir {workdir} is a file; name a folder.")
+  path = workdir / "sweep.json"
+  mine = {
+    "config": arguments.config_file,
+    "keys": [text.partition("=")[0] for text in arguments.over],
+    "overrides": sorted(arguments.overrides),
+  }
+  if path.exists():
+    try:
+      theirs = json.loads(path.read_text())
+    except ValueError:
+      theirs = None
+    if theirs != mine:
+      raise ValueError(
+        f"{path} is of another sweep ({theirs}; this one: {mine}); use another "
+        "workdir."
+      )
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise ValueError(
+      f"workdir {workdir} is not empty and holds no sweep; use another one."
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  log.write_whole(path, json.dumps(mine, indent=2) + "\n")
+
+
+def train(run: Run, config: str) -> int:
+  """Trains one run, its output in the folder's own log; the exit code."""
+  run.folder.mkdir(exist_ok=True)
+  with open(run.folder / "output.txt", "a") as output:
+    process = subprocess.Popen(
+      run.command(config), stdout=output, stderr=subprocess.STDOUT
+    )
+    stop = lambda number, frame: process.send_signal(number)
+    before = {
+      s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+      return process.wait()
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def collect(runs: list[Run], workdir: pathlib.Path, words: str) -> str:
+  """Writes results.jsonl and sweep.html of what is done; the table as text."""
+  from jepa_jax.evaluation import comparison
+  from jepa_jax.training import log
+
+  cells: dict[str, list[pathlib.Path]] = {}
+  lines = []
+  for run in runs:
+    if run.done:
+      cells.setdefault(run.name, []).append(run.folder)
+      path = run.folder / "evaluations.json"
+      rows = json.loads(path.read_text()) if path.exists() else []
+      row = {**run.cell, "seed": run.seed, "evaluations": rows}
+      lines.append(json.dumps(row) + "\n")
+  if not lines:
+    return "no run has finished"
+  compared = [comparison.cell(name, paths) for name, paths in cells.items()]
+  log.write_whole(workdir / "results.jsonl", "".join(lines))
+  page = comparison.page(workdir.name, words, compared)
+  log.write_whole(workdir / "sweep.html", page)
+  return comparison.as_text(comparison.table(compared))
+
+
+def main(arguments: argparse.Namespace) -> int:
+  """The command."""
+  workdir = pathlib.Path(arguments.workdir)
+  runs = plan(arguments.over, arguments.seeds, arguments.overrides, workdir)
+  for run in {run.name: run for run in runs}.values():
+    command.load_config(arguments.config_file, list(run.overrides))
+  if arguments.print_commands:
+    for run in runs:
+      print(shlex.join(run.command(arguments.config_file)))
+    return 0
+  claim(workdir, arguments)
+  words = shlex.join(["python", "-m", "jepa_jax.sweep", *sys.argv[1:]])
+  failed = []
+  bar = tqdm.tqdm(runs, desc="runs", unit="run")
+  for run in bar:
+    bar.set_postfix_str(f"{run.name} seed {run.seed}")
+    if run.done:
+      continue
+    code = train(run, arguments.config_file)
+    if code in (command.EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGINT):
+      bar.close()
+      print(f"stopped in {run.folder}; the same command goes on.")
+      return command.EXIT_PREEMPTED
+    if code:
+      failed.append(run)
+      last = (run.folder / "output.txt").read_text().strip().splitlines()
+      bar.write(f"{run.folder} failed with code {code}: {last[-1:]}")
+    collect(runs, workdir, words)
+  bar.close()
+  print(collect(runs, workdir, words))
+  print(f"page: {workdir / 'sweep.html'}")
+  if failed:
+    print(f"{len(failed)} of {len(runs)} runs failed; see output.txt of each.")
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  flags = argparse.ArgumentParser(
+    prog="python -m jepa_jax.sweep",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add_argument(
+    "--over",
+    action="append",
+    default=[],
+    metavar="KEY=V1,V2,...",
+    help="a config key and its values; several give every combination",
+  )
+  flags.add_argument(
+    "--seeds", type=int, default=1, help="runs of each combination"
+  )
+  flags.add_argument("--workdir", required=True, help="folder of the sweep")
+  flags.add_argument(
+    "--print_commands",
+    action="store_true",
+    help="print the runs' commands, a line each, and train nothing",
+  )
+  command.add_config_flag(flags)
+  command.run(main, flags)
