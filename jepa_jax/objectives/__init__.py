@@ -9,14 +9,17 @@ import importlib
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from jepa_jax import keys as keys_lib
+from jepa_jax import models
 
 # Name -> "module:Class". A full "my_package.module:Name" works as well.
 OBJECTIVES = {
   "ijepa": "jepa_jax.objectives.ijepa:IJEPA",
   "pixel_ijepa": "jepa_jax.objectives.pixel_ijepa:PixelIJEPA",
+  "supervised": "jepa_jax.objectives.supervised:Supervised",
 }
 
 Params = dict[str, Any]  # network -> tree of its parameters
@@ -143,6 +146,25 @@ class Objective:
     counted. See models.flops.
     """
     return None
+
+
+def compute(
+  config: ml_collections.ConfigDict, kernels: models.Kernels | None = None
+) -> dict[str, Any]:
+  """How networks compute: arguments of models.Encoder and models.Predictor."""
+  return dict(
+    dtype=jnp.dtype(config.compute.dtype),
+    scan=config.compute.scan,
+    remat=config.compute.remat,
+    remat_every=config.compute.remat_every,
+    kernels=kernels or models.Kernels(),
+  )
+
+
+def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+  """(H, W, C) of an image after cropping."""
+  side = config.data.image_size
+  return side, side, config.data.channels
 
 
 def load(name: str) -> type[Objective]:

@@ -75,26 +75,18 @@ class IJEPA(objectives.Objective):
     kernels: models.Kernels | None = None,
   ) -> "IJEPA":
     """Builds the networks that a config describes."""
-    data = config.data
-    compute = dict(
-      dtype=jnp.dtype(config.compute.dtype),
-      scan=config.compute.scan,
-      remat=config.compute.remat,
-      remat_every=config.compute.remat_every,
-      kernels=kernels or models.Kernels(),
-    )
-    grid = models.patch_grid(
-      data.image_size, data.image_size, config.encoder.patch_size
-    )
+    shape = objectives.image_shape(config)
+    compute = objectives.compute(config, kernels)
+    grid = models.patch_grid(*shape[:2], config.encoder.patch_size)
     return cls(
       encoder=models.Encoder(**config.encoder, **compute),
       predictor=models.Predictor(
         **config.predictor, output_width=cls.target_width(config), **compute
       ),
-      image_shape=(data.image_size, data.image_size, data.channels),
+      image_shape=shape,
       shapes=masks.mask_shapes(config.masks, grid),
-      mean=tuple(data.mean),
-      std=tuple(data.std),
+      mean=tuple(config.data.mean),
+      std=tuple(config.data.std),
       loss_name=config.loss,
     )
 
