@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from jepa_jax import config_table, keys
 
@@ -121,7 +122,12 @@ def _build(table: dict[str, keys.Key]) -> ml_collections.ConfigDict:
       if parent not in node:
         node[parent] = ml_collections.ConfigDict()
       node = node[parent]
-    node[leaf] = key.default
+    sides = isinstance(key.kind, keys.Sides)  # of one type or the other
+    node[leaf] = (
+      config_dict.FieldReference(key.default, field_type=object)
+      if sides
+      else key.default
+    )
   return config
 
 
@@ -316,6 +322,11 @@ def _check_channels(config: ml_collections.ConfigDict) -> None:
         f"data.{name} has {len(data[name])} values for {data.channels} "
         "channels; give one a channel."
       )
+  if data.color_jitter and data.channels not in (1, 3):
+    raise ValueError(
+      f"data.color_jitter {data.color_jitter} is for images in grey or colour "
+      f"and data.channels is {data.channels}; set it to 0."
+    )
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:
@@ -340,10 +351,12 @@ def _check_heads(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_patches(config: ml_collections.ConfigDict) -> None:
-  side, patch_size = config.data.image_size, config.encoder.patch_size
-  if (count := (side // patch_size) ** 2) > config_table.MOST_PATCHES:
+  size, patch_size = config.data.image_size, config.encoder.patch_size
+  height, width = size if isinstance(size, (list, tuple)) else (size, size)
+  count = (height // patch_size) * (width // patch_size)
+  if count > config_table.MOST_PATCHES:
     raise ValueError(
-      f"data.image_size {side} has {count:,} patches of encoder.patch_size "
+      f"data.image_size {size} has {count:,} patches of encoder.patch_size "
       f"{patch_size}; the most are {config_table.MOST_PATCHES:,}: make the "
       "image smaller or the patches larger."
     )

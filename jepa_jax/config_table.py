@@ -81,9 +81,35 @@ KEYS: dict[str, keys.Key] = {
     'rendered for train and test ("scenes")',
   ),
   "data.image_size": Key(
-    224, whole(1, 16_384, "pixels"), "side in pixels, after cropping"
+    224,
+    keys.Sides(whole(1, 16_384, "pixels")),
+    "side in pixels, or (height, width), after cropping",
   ),
-  "data.channels": Key(3, whole(1, 1024), "1: grey, 3: colour"),
+  "data.channels": Key(
+    3,
+    whole(1, 1024),
+    "1: grey, 3: colour, to which images are converted; of any other number an "
+    "image must have as many, alpha included",
+  ),
+  "data.background": Key(
+    (1.0, 1.0, 1.0),
+    keys.Group((_SHARE,) * 3),
+    "red, green and blue behind what is transparent in an image",
+  ),
+  "data.range": Key(
+    "full",
+    keys.Text(
+      '"full", "file" or a number', False, r"full|file|0*[1-9]\d{0,9}(\.\d*)?"
+    ),
+    "what becomes 0 to 255 of more than 8 bits: full, the type's range (0 to 1 "
+    'of floats); file, from each one\'s least value to its greatest; "4095", '
+    "from 0 to it",
+  ),
+  "data.max_mib": Key(
+    192.0,
+    number(0.0, 2.0**20, without="least", unit="MiB"),
+    "that an image's file has, and decodes to, at most",
+  ),
   "data.mean": Key(
     (0.485, 0.456, 0.406),
     keys.Many(_SHARE, 1),
@@ -102,7 +128,7 @@ KEYS: dict[str, keys.Key] = {
   "data.crop_ratio": Key(
     (3 / 4, 4 / 3),
     keys.Group((number(0.01, 100.0),) * 2, ordered=True),
-    "width over height, min and max",
+    "width over height, min and max, relative to image_size's",
   ),
   "data.flip": Key(False, keys.Flag(), "mirrors half of the images"),
   "data.color_jitter": Key(0.0, number(0.0, 10.0), "strength; 0: off"),

@@ -133,6 +133,24 @@ def whole(
 
 
 @dataclasses.dataclass(frozen=True)
+class Sides(Kind):
+  """A side in pixels, or two of them: height and width.
+
+  Attributes:
+    kind: of each.
+  """
+
+  kind: Number
+
+  def __str__(self) -> str:
+    return f"{self.kind}, or (height, width)"
+
+  def has(self, value: Any) -> bool:
+    sides = value if _is_list(value) else (value,) * 2
+    return len(sides) == 2 and all(map(self.kind.has, sides))
+
+
+@dataclasses.dataclass(frozen=True)
 class Flag(Kind):
   """True or False."""
 
@@ -222,6 +240,8 @@ class Group(Kind):
   def __str__(self) -> str:
     if len(set(self.kinds)) > 1:
       words = f"({', '.join(map(str, self.kinds))})"
+    elif len(self.kinds) > 2:
+      words = f"{len(self.kinds)} values, each {self.kinds[0]}"
     else:
       words = f"(first, last), each {self.kinds[0]}"
     if self.ordered:

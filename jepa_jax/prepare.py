@@ -17,12 +17,11 @@ import types
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 import tqdm
 
 from jepa_jax import command
-from jepa_jax.data import decode, sources
+from jepa_jax.data import headers, pixels, sources
 
 _CHUNK = 256  # images read at once
 _NAMED = 10  # unreadable images to name
@@ -79,13 +78,11 @@ def verify(source: sources.Source, *, decode_all: bool = False) -> Summary:
   for chunk in tqdm.tqdm(chunks, unit_scale=_CHUNK, leave=False, disable=None):
     for i, data in zip(chunk, source.images(source.read(chunk))):
       try:
-        header = decode.read_header(data)
+        header = headers.read_header(data)
         if decode_all:
-          tf.io.decode_image(data, channels=3, expand_animations=False)
+          pixels.stored(data)
       except ValueError as error:
         unreadable[source.name(int(i))] = str(error)
-      except tf.errors.OpError:
-        unreadable[source.name(int(i))] = decode.diagnose(data)
       else:
         sizes.append((header.height, header.width))
         encodings[header.encoding] += 1

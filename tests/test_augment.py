@@ -10,13 +10,14 @@ import scipy.ndimage
 import tensorflow as tf
 import test_decode
 
-from jepa_jax.data import augment, decode
+from jepa_jax.data import augment, headers
 
 HEIGHT, WIDTH = test_decode.HEIGHT, test_decode.WIDTH
 
 
 def config(**changes):
   settings = {"crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
+  settings["image_size"] = 20
   return types.SimpleNamespace(**{**settings, "flip": False, **changes})
 
 
@@ -38,15 +39,16 @@ def crops(settings, sizes, orientations=None, seed=0, epoch=0, first=0):
 # --- orientation ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_undone(orientation, encoding):
   exif = test_decode.exif_of(orientation)
   data = test_decode.encode(encoding=encoding, exif=exif)
   upright = Image.open(io.BytesIO(data))
   upright = ImageOps.exif_transpose(upright)
-  header = decode.read_header(data)
+  header = headers.read_header(data)
   chosen = augment.central_crops(
+    (7, 7),
     np.asarray([[header.height, header.width]]),
     np.asarray([header.orientation]),
   )
@@ -139,7 +141,8 @@ def test_flip_mirrors_half_of_the_images_and_keeps_the_boxes():
 
 
 def test_central_crops_are_the_largest_central_squares():
-  chosen = augment.central_crops(np.asarray([[5, 9], [8, 3]]), np.ones(2, int))
+  sizes, upright = np.asarray([[5, 9], [8, 3]]), np.ones(2, int)
+  chosen = augment.central_crops((7, 7), sizes, upright)
   np.testing.assert_array_equal(chosen.boxes, [[0, 2, 5, 5], [2, 0, 3, 3]])
 
 

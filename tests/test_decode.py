@@ -6,7 +6,7 @@ from PIL import Image
 import pytest
 import tensorflow as tf
 
-from jepa_jax.data import decode
+from jepa_jax.data import decode, headers, pixels
 
 HEIGHT, WIDTH = 45, 70
 
@@ -27,16 +27,21 @@ def encode(image=None, encoding="PNG", mode="RGB", **options):
   return file.getvalue()
 
 
-def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
+def cut(data, box=None, turn=(0, 0, 0), size=(20, 20), encoding=None, **rules):
   box = (0, 0, HEIGHT, WIDTH) if box is None else box
   return decode.decode_crop(
     tf.constant(data),
     tf.constant(box, tf.int32),
     tf.constant(np.asarray(turn, bool)),
+    tf.constant(decode.kind_of(headers.read_header(data))),
     image_size=size,
-    channels=channels,
+    rules=pixels.Rules(**rules),
     encoding=encoding,
   ).numpy()
+
+
+def header_of(header):
+  return header.encoding, header.height, header.width, header.orientation
 
 
 # --- headers ----------------------------------------------------------------
@@ -56,8 +61,8 @@ def cut(data, box=None, turn=(0, 0, 0), size=20, channels=3, encoding=None):
   ],
 )
 def test_header_tells_format_and_size(encoding, options):
-  header = decode.read_header(encode(encoding=encoding, **options))
-  assert header == decode.Header(encoding.lower(), HEIGHT, WIDTH, 1)
+  header = headers.read_header(encode(encoding=encoding, **options))
+  assert header_of(header) == (encoding.lower(), HEIGHT, WIDTH, 1)
 
 
 def exif_of(orientation):
@@ -71,8 +76,8 @@ def exif_of(orientation):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_header_tells_the_exif_orientation(orientation, encoding):
   data = encode(encoding=encoding, exif=exif_of(orientation))
-  header = decode.read_header(data)
-  assert header == decode.Header(encoding.lower(), HEIGHT, WIDTH, orientation)
+  found = header_of(headers.read_header(data))
+  assert found == (encoding.lower(), HEIGHT, WIDTH, orientation)
 
 
 def test_exif_is_found_behind_the_pixels_of_a_png_too():
@@ -81,7 +86,7 @@ def test_exif_is_found_behind_the_pixels_of_a_png_too():
   length = 12 + int.from_bytes(data[start : start + 4], "big")
   chunk, rest = data[start : start + length], data[start + length :]
   moved = data[:start] + rest[:-12] + chunk + rest[-12:]  # before IEND
-  assert decode.read_header(moved).orientation == 6
+  assert headers.read_header(moved).orientation == 6
   assert Image.open(io.BytesIO(moved)).load() is not None  # it is sound
 
 
@@ -91,7 +96,7 @@ def test_broken_exif_turns_nothing(encoding):
   for broken in (exif[:20], exif.replace(b"\x12\x01", b"\x13\x01")):
     broken = broken.replace(b"\x01\x12", b"\x01\x13")
     data = encode(encoding=encoding, exif=broken)
-    assert decode.read_header(data).orientation == 1
+    assert headers.read_header(data).orientation == 1
 
 
 def png_of_size(height, width):
@@ -116,12 +121,12 @@ def png_of_size(height, width):
 )
 def test_header_refuses_what_is_no_image(data, reason):
   with pytest.raises(ValueError, match=reason):
-    decode.read_header(data)
-  assert reason in decode.diagnose(data)
+    headers.read_header(data)
+  assert reason in pixels.diagnose(data, pixels.Rules())
 
 
 def test_damage_past_the_header_is_diagnosed():
-  assert decode.diagnose(encode()[:-60]) == "damaged PNG data"
+  assert pixels.diagnose(encode()[:-60], pixels.Rules()) == "damaged PNG data"
 
 
 # --- decoding ---------------------------------------------------------------

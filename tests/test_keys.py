@@ -81,6 +81,20 @@ def _(kind: keys.Number):
 
 
 @inside.register
+def _(kind: keys.Sides):
+  side = inside(kind.kind)
+  return side | st.tuples(side, side)
+
+
+@outside.register
+def _(kind: keys.Sides):
+  side, wrong = inside(kind.kind), outside(kind.kind)
+  return (
+    wrong | st.tuples(side, wrong) | st.tuples(side) | st.tuples(*[side] * 3)
+  )
+
+
+@inside.register
 def _(kind: keys.Flag):
   return st.booleans()
 

@@ -47,6 +47,9 @@ def config(root, *, batch_size=6, **data):
         "data_dir": "",
         "image_size": 24,
         "channels": 3,
+        "background": (1.0, 1.0, 1.0),
+        "range": "full",
+        "max_mib": 9.0,
         "crop_scale": (0.3, 1.0),
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": False,
@@ -76,11 +79,12 @@ def masked_spec(settings):
   """What I-JEPA declares, from the settings of `config` alone."""
   data, size = settings.data, settings.batch_size
   patch = settings.encoder.patch_size
-  grid = models.patch_grid(data.image_size, data.image_size, patch)
+  sides = models.height_and_width(data.image_size)
+  grid = models.patch_grid(*sides, patch)
   shapes = masks.mask_shapes(settings.masks, grid)
   context = (size, shapes.num_contexts, shapes.context_patches)
   targets = (size, shapes.num_targets, shapes.target_patches)
-  image = (size, data.image_size, data.image_size, data.channels)
+  image = (size, *sides, data.channels)
   spec = jax.ShapeDtypeStruct
   return {
     "image": spec(image, np.uint8),

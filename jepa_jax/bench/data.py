@@ -220,12 +220,13 @@ def _decode_turn(
   """Times the pipeline's first crops, decoded and nothing else."""
   import tensorflow as tf
 
-  from jepa_jax.data import augment, decode, order
+  from jepa_jax.data import augment, order
+  from jepa_jax.data import headers as headers_lib
 
   positions = np.arange(batches * config.batch_size)
   epoch, index = order.permuted(positions, len(files), config.seed)
   encoded = [pathlib.Path(files[i]).read_bytes() for i in index]
-  headers = [decode.read_header(x) for x in encoded]
+  headers = [headers_lib.read_header(x) for x in encoded]
   crops = augment.random_crops(
     config.data,
     np.asarray([(x.height, x.width) for x in headers]),

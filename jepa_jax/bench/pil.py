@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_jax import bench
+from jepa_jax import bench, models
 
 _WARM_UP = 4  # batches a round, untimed
 
@@ -26,10 +26,11 @@ class Workers:
 
   def __init__(self, config: Any, files: list[str], processes: int):
     context = multiprocessing.get_context("spawn")
-    size, self._batch_size = config.data.image_size, config.batch_size
+    size = models.height_and_width(config.data.image_size)
+    self._batch_size = config.batch_size
     self._processes, self._slots = processes, 2 * processes + 2
     self._files = files
-    shape = (self._slots, self._batch_size, 3, size, size)
+    shape = (self._slots, self._batch_size, 3, *size)
     self._pool = context.Pool(
       processes,
       _start_worker,
@@ -101,7 +102,7 @@ def _read_batch(task: tuple[int, list[str], int, bool]) -> None:
         rng, *image.size, _worker["crop_scale"], _worker["crop_ratio"]
       )
       image = image.crop((left, top, left + width, top + height))
-      image = image.resize(size, Image.Resampling.BILINEAR)
+      image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     if tensors:
       tensor = np.asarray(image).transpose(2, 0, 1).astype(np.float32, "C")
       tensor /= 255

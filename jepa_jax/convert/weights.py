@@ -150,7 +150,7 @@ def from_config(config: Any) -> Weights:
     predictor=pick(predictor, _PREDICTOR_KEYS)
     if isinstance(predictor, models.Predictor)
     else None,
-    image_size=(config.data.image_size,) * 2,
+    image_size=models.height_and_width(config.data.image_size),
     channels=config.data.channels,
     mean=tuple(config.data.mean),
     std=tuple(config.data.std),

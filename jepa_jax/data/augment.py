@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from jepa_jax import models
 from jepa_jax.data import decode
 from jepa_jax.masks import counter_rng
 
@@ -26,7 +27,7 @@ _FLIPS = {
   8: (1, 1, 0),
 }
 _JITTER_SHARE, _GREY_SHARE = 0.8, 0.2  # of the images, with colour jitter on
-_BLUR_SIGMA = (0.1, 2.0)  # pixels, at an image size of 224
+_BLUR_SIGMA = (0.1, 2.0)  # pixels, of an image of 224
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,9 @@ def random_crops(
   """Random resized crops, and flips where config.flip says so.
 
   A crop's share of the area is uniform in crop_scale, its aspect ratio (width
-  over height) log-uniform in crop_ratio. The first of ten draws that fits in
-  the image counts; if none fits, the largest central crop of a legal ratio.
+  over height, relative to image_size's) log-uniform in crop_ratio. The first of
+  ten draws that fits in the image counts; if none fits, the largest central
+  crop of a legal ratio.
 
   Args:
     config: config.data.
@@ -80,7 +82,9 @@ def random_crops(
 
   low, high = config.crop_scale
   area = (height * width)[:, None] * (low + scale * (high - low))
-  low, high = np.log(config.crop_ratio[0]), np.log(config.crop_ratio[1])
+  sides = models.height_and_width(config.image_size)
+  ratios = np.asarray(config.crop_ratio) * (sides[1] / sides[0])
+  low, high = np.log(ratios)
   ratio = np.exp(low + ratio * (high - low))
   w = np.round(np.sqrt(area * ratio)).astype(np.int64)
   h = np.round(np.sqrt(area / ratio)).astype(np.int64)
@@ -92,7 +96,7 @@ def random_crops(
   box = np.where(
     fits.any(1)[:, None],
     chosen,
-    _central_box(height, width, *config.crop_ratio),
+    _central_box(height, width, *ratios),
   )
   if config.flip:
     mirrored = u[:, -1] < 0.5
@@ -104,11 +108,20 @@ def random_crops(
   return Crops(box, flips)
 
 
-def central_crops(sizes: np.ndarray, orientations: np.ndarray) -> Crops:
-  """The largest central square of each image; arguments as `random_crops`."""
+def central_crops(
+  image_size: tuple[int, int], sizes: np.ndarray, orientations: np.ndarray
+) -> Crops:
+  """The largest central part of each image with image_size's ratio.
+
+  Args:
+    image_size: height and width, in any unit.
+    sizes: as for `random_crops`.
+    orientations: as for `random_crops`.
+  """
   flips = np.asarray([_FLIPS[int(x)] for x in orientations], bool)
   height, width = _displayed(sizes, flips)
-  box = _central_box(height, width, 1.0, 1.0)
+  ratio = image_size[1] / image_size[0]
+  box = _central_box(height, width, ratio, ratio)
   return Crops(_stored(box, height, width, flips), flips)
 
 
@@ -163,7 +176,7 @@ def random_colors(
     epoch: [B].
     index: [B] index of each image in its source.
 
-  Reflips:
+  Returns:
     float32 [B, 6]: brightness, contrast, saturation, hue, grey, sigma.
 
   Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
@@ -177,7 +190,7 @@ def random_colors(
   hue = min(0.2 * strength, 0.5) * (2 * u[:, 3:4] - 1)
   jitter = u[:, 4:5] < _JITTER_SHARE
   grey = (u[:, 5:6] < _GREY_SHARE) & (strength > 0)
-  low, high = (x * config.image_size / 224 for x in _BLUR_SIGMA)
+  low, high = (_scale(config) * x for x in _BLUR_SIGMA)
   sigma = np.where(u[:, 6:7] < config.blur, low + u[:, 7:8] * (high - low), 0)
   parts = (np.where(jitter, factor, 1), np.where(jitter, hue, 0), grey, sigma)
   return np.concatenate(parts, axis=1).astype(np.float32)
@@ -193,7 +206,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
     color: float32 [6], as `random_colors` gives it.
     config: config.data.
 
-  Reflips:
+  Returns:
     As image.
   """
   if config.color_jitter:
@@ -206,7 +219,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
       image = tf.image.adjust_hue(image / 255, color[3]) * 255
       image = tf.where(color[4] > 0, _grey(image), image)
   if config.blur:
-    image = _blur(image, color[5], config.image_size)
+    image = _blur(image, color[5], _scale(config))
   return image
 
 
@@ -214,9 +227,14 @@ def _grey(image: tf.Tensor) -> tf.Tensor:
   return decode.to_grey(image) if image.shape[-1] == 3 else image
 
 
-def _blur(image: tf.Tensor, sigma: tf.Tensor, image_size: int) -> tf.Tensor:
+def _scale(config: Any) -> float:
+  """Pixels of the shorter side for one of an image of 224 pixels."""
+  return min(models.height_and_width(config.image_size)) / 224
+
+
+def _blur(image: tf.Tensor, sigma: tf.Tensor, scale: float) -> tf.Tensor:
   """Gaussian blur with reflected borders; sigma 0 changes nothing."""
-  radius = int(np.ceil(3 * _BLUR_SIGMA[1] * image_size / 224))
+  radius = int(np.ceil(3 * _BLUR_SIGMA[1] * scale))
   offsets = np.arange(-radius, radius + 1, dtype=np.float32)
   kernel = tf.exp(-(offsets**2) / (2 * tf.maximum(sigma, 1e-2) ** 2))
   kernel = kernel / tf.reduce_sum(kernel)

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.data import augment, decode, sources
+from jepa_jax import models
+from jepa_jax.data import augment, decode, pixels, sources
+from jepa_jax.data import headers as headers_lib
 
 # AutoGraph has nothing to convert here, and takes its time to find out.
 plain = tf.autograph.experimental.do_not_convert
-_CONSUMED = ("encoded", "box", "flips", "record", "color")  # by decoding
+# By decoding.
+_CONSUMED = ("encoded", "kind", "box", "flips", "record", "color")
 
 
 def decoded(
@@ -31,7 +34,8 @@ def decoded(
 
   Args:
     steps: int64 scalars.
-    plan: step -> (encoded, box, flips, index, *what `spec` names), of a batch.
+    plan: step -> (encoded, kind, box, flips, index, *what `spec` names), of a
+      batch.
     spec: names and types of what plan gives besides.
     source: where the images come from.
     config: config.data.
@@ -44,11 +48,15 @@ def decoded(
   """
   spec = {
     "encoded": tf.TensorSpec([size], tf.string),
+    "kind": tf.TensorSpec([size], tf.int32),
     "box": tf.TensorSpec([size, 4], tf.int32),
     "flips": tf.TensorSpec([size, 3], tf.bool),
     "index": tf.TensorSpec([size], tf.int64),
     **spec,
   }
+
+  rules = pixels.Rules.from_config(config)
+  image_size = models.height_and_width(config.image_size)
 
   def read(step):
     types = [x.dtype for x in spec.values()]
@@ -69,15 +77,16 @@ def decoded(
       x["encoded"],
       x["box"],
       x["flips"],
-      image_size=config.image_size,
-      channels=config.channels,
+      x["kind"],
+      image_size=image_size,
+      rules=rules,
       encoding=source.encoding,
       distort=distort,
     )
     return example(x, image, tf.constant(True))
 
   def blank(x):
-    shape = [config.image_size, config.image_size, config.channels]
+    shape = [*image_size, config.channels]
     return example(x, tf.zeros(shape, tf.uint8), tf.constant(False))
 
   threads = config.threads or os.cpu_count()
@@ -119,9 +128,9 @@ def _decode_batch(
 
 
 def headers(
-  encoded: list[bytes],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Encoded images, sizes [B, 2] and orientations [B], from their headers.
+  encoded: list[bytes], rules: pixels.Rules
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Encoded images, kinds [B], sizes [B, 2] and orientations [B], from headers.
 
   An image whose header says that it cannot be read is emptied, so that decoding
   it fails.
@@ -129,13 +138,15 @@ def headers(
   found = []
   for i, data in enumerate(encoded):
     try:
-      found.append(decode.read_header(data))
+      header = headers_lib.read_header(data, rules.max_mib)
     except ValueError:
-      found.append(decode.Header("", 1, 1))
+      header = headers_lib.Header("", 1, 1)
       encoded[i] = b""
+    found.append(header)
+  kinds = np.asarray([decode.kind_of(x) for x in found], np.int32)
   sizes = np.asarray([(x.height, x.width) for x in found])
   orientations = np.asarray([x.orientation for x in found])
-  return strings(encoded), sizes, orientations
+  return strings(encoded), kinds, sizes, orientations
 
 
 def strings(values: list[bytes]) -> np.ndarray:

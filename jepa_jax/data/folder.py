@@ -21,9 +21,13 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from jepa_jax.data import records
+from jepa_jax.data import headers, records
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+SUFFIXES = (
+  *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"),
+  *(".tif", ".tiff", ".avif", ".npy"),
+  *((".heic", ".heif") if headers.pillow_heif else ()),
+)
 HELD_OUT = 0.1  # share of the images that is "test" where no folder says so
 _SPLITS = {"val", "valid", "validation", "test"}  # folders beside "train"
 

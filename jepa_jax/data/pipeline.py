@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from jepa_jax import masks, models
-from jepa_jax.data import augment, batches, order, sources, tf_masks
+from jepa_jax.data import augment, batches, order, pixels, sources, tf_masks
 from jepa_jax.data import labels as labels_lib
 from jepa_jax.data import unreadable as unreadable_lib
 
@@ -31,8 +31,9 @@ def _images(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
 
 def _masks(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
   del batch_spec
-  size = config.data.image_size
-  grid = models.patch_grid(size, size, config.encoder.patch_size)
+  grid = models.patch_grid(
+    *models.height_and_width(config.data.image_size), config.encoder.patch_size
+  )
   masks.mask_shapes(config.masks, grid)  # fail now, not in the first batch
   return lambda step, batch: tf_masks.sample(
     config.masks,
@@ -110,16 +111,19 @@ def train_dataset(
     unreadable = unreadable_lib.Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
   distorts = augment.distorts(data)
+  rules = pixels.Rules.from_config(data)
 
   def plan(step):
     epoch, index = order.of_source(
       source, step * config.batch_size + places, config.seed
     )
     records = source.read(index)
-    encoded, sizes, orientations = batches.headers(source.images(records))
+    encoded, kinds, sizes, orientations = batches.headers(
+      source.images(records), rules
+    )
     draw = dict(seed=config.seed, epoch=epoch, index=index)
     crops = augment.random_crops(data, sizes, orientations, **draw)
-    plans = [encoded, crops.boxes, crops.flips, index, epoch]
+    plans = [encoded, kinds, crops.boxes, crops.flips, index, epoch]
     if label_of:
       plans.append(batches.strings(records))
     if distorts:
@@ -128,7 +132,7 @@ def train_dataset(
 
   def finish(step, batch):
     keys = ("image", *label_of)
-    batch = batch | unreadable_lib.mend(batch, keys, source, unreadable)
+    batch = batch | unreadable_lib.mend(batch, keys, source, rules, unreadable)
     made = {}
     for provide in providers:
       made |= provide(step, batch)
@@ -207,7 +211,7 @@ def evaluation_dataset(
   process_count: int = 1,
   unreadable: unreadable_lib.Unreadable | None = None,
 ) -> tf.data.Dataset:
-  """Every image of a split once, in order, cut to its central square.
+  """Every image of a split once, in order, cut to its central part.
 
   A process reads its contiguous share of every global batch.
 
@@ -239,6 +243,8 @@ def evaluation_dataset(
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(config.max_unreadable)
   count = len(source)
+  rules = pixels.Rules.from_config(config)
+  image_size = models.height_and_width(config.image_size)
   share = _share(batch_size, process_count)
   offsets = process_index * share + np.arange(share)
 
@@ -246,17 +252,19 @@ def evaluation_dataset(
     place = start + offsets
     index = np.minimum(place, count - 1)  # the last image pads its batch
     records = source.read(index)
-    encoded, sizes, orientations = batches.headers(source.images(records))
-    crops = augment.central_crops(sizes, orientations)
+    encoded, kinds, sizes, orientations = batches.headers(
+      source.images(records), rules
+    )
+    crops = augment.central_crops(image_size, sizes, orientations)
     return (
-      *(encoded, crops.boxes, crops.flips, index),
+      *(encoded, kinds, crops.boxes, crops.flips, index),
       *(batches.strings(records), place < count),
     )
 
   def finish(start, batch):
     del start
     # Counts what "valid" leaves out.
-    unreadable_lib.mend(batch, ("index",), source, unreadable)
+    unreadable_lib.mend(batch, ("index",), source, rules, unreadable)
     return {
       "image": batch["image"],
       "valid": batch["valid"] & batch["readable"],

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from jepa_jax import models
 from jepa_jax.data import folder, records
 
 
@@ -244,7 +245,7 @@ def _open_scenes(config: Any, split: str) -> Source:
   num_train, num_test = config.num_scenes
   builder = scenes.prepare(
     config.data_dir or None,
-    image_size=config.image_size,
+    image_size=max(models.height_and_width(config.image_size)),
     num_train=num_train,
     num_test=num_test,
   )

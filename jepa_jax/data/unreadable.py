@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.data import decode, sources
+from jepa_jax.data import pixels, sources
 
 
 class Unreadable:
@@ -67,6 +67,7 @@ def mend(
   batch: dict[str, tf.Tensor],
   keys: tuple[str, ...],
   source: sources.Source,
+  rules: pixels.Rules,
   unreadable: Unreadable,
 ) -> dict[str, tf.Tensor]:
   """Puts the next readable example of the batch in an unreadable one's place.
@@ -75,6 +76,7 @@ def mend(
     batch: with readable bool [B] and index int64 [B].
     keys: of the arrays [B, ...] that are replaced together.
     source: of the images.
+    rules: as which they are read.
     unreadable: where they are counted.
 
   Returns:
@@ -86,7 +88,7 @@ def mend(
     bad = np.flatnonzero(~readable)
     for number in np.unique(index[bad]):
       (record,) = source.images(source.read(np.asarray([number])))
-      unreadable.add(source.name(int(number)), decode.diagnose(record))
+      unreadable.add(source.name(int(number)), pixels.diagnose(record, rules))
     good = np.flatnonzero(readable)
     if not len(good):
       unreadable.stop(source.name(int(index[0])), len(index))

@@ -24,8 +24,9 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
     only where the objective has masks, and an encoder.
   """
   config = ml_collections.ConfigDict(program.config)
-  size = config.data.image_size
-  grid = models.patch_grid(size, size, config.encoder.patch_size)
+  grid = models.patch_grid(
+    *models.height_and_width(config.data.image_size), config.encoder.patch_size
+  )
   arrays = {}
   if "context_ids" in program.batch_spec:
     dataset = pipeline.train_dataset(config, program.batch_spec)

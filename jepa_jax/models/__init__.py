@@ -11,6 +11,7 @@ Axes, here and in every room that builds on this one:
 from jepa_jax.models.kernels import Kernels
 from jepa_jax.models.patches import (
   gather_patches,
+  height_and_width,
   normalize_images,
   patch_grid,
   patchify,
@@ -24,6 +25,7 @@ __all__ = [
   "Predictor",
   "SIZES",
   "gather_patches",
+  "height_and_width",
   "normalize_images",
   "patch_grid",
   "patchify",

@@ -1,8 +1,27 @@
 """Images as patches, and where the patches lie."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+  """(H, W) of an image's size, which is one number where it is square.
+
+  Args:
+    size: pixels; a number, or height and width.
+
+  Raises:
+    ValueError: neither.
+  """
+  sides = (size, size) if isinstance(size, int) else tuple(size)
+  if len(sides) != 2 or not all(isinstance(x, int) and x > 0 for x in sides):
+    raise ValueError(
+      f"image size {size} needs to be a number of pixels, or (height, width)."
+    )
+  return sides
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:

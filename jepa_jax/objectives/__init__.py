@@ -163,8 +163,8 @@ def compute(
 
 def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
   """(H, W, C) of an image after cropping."""
-  side = config.data.image_size
-  return side, side, config.data.channels
+  sides = models.height_and_width(config.data.image_size)
+  return *sides, config.data.channels
 
 
 def load(name: str) -> type[Objective]:
