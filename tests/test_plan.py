@@ -400,7 +400,7 @@ ENTRY %main (a: bf16[6,8], b: bf16[8,5], q: bf16[2,7,3,16]) -> f32[3,4] {
   %q = bf16[2,7,3,16]{3,2,1,0} parameter(2)
   %product = (bf16[6,5]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   %forward = (bf16[2,3,7,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","7","7"]}}}
-  %backward = (bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","3","7","7"]}}}
+  %backward = (bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, bf16[2,3,7,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "7", "7"]}}}
   %gather = (bf16[6,8]{1,0}, bf16[24,8]{1,0}) all-gather-start(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
   %gathered = bf16[24,8]{1,0} all-gather-done(%gather)
   %scatter = ((bf16[8,5]{1,0}), (bf16[2,5]{1,0})) reduce-scatter-start(%b), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}

@@ -139,7 +139,7 @@ def product_flops(text: str) -> float:
         total += times[name] * 2 * math.prod(shapes[label]) * depth
       elif "__cudnn$fmha" in rest:
         scores = re.search(
-          r'intermediate_tensor_shape.*?"dimensions":(\[.*?\])', rest
+          r'intermediate_tensor_shape.*?"dimensions": ?(\[.*?\])', rest
         )
         size = math.prod(int(n) for n in re.findall(r"\d+", scores[1]))
         products = 5 if "Backward" in rest else 2

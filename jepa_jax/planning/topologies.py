@@ -4,10 +4,14 @@ A TPU slice is named as libtpu does, "v5e:8x8"; GPUs by how many a host has and,
 where there are several, how many hosts: "h100:8", "h100:8x4".
 """
 
+import atexit
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
 import types
 from typing import Any
 
@@ -226,7 +230,17 @@ def per_host(topology: str) -> int | None:
 
 def compiler_options(device: Any) -> dict[str, Any]:
   """What a compiler needs to do without the devices that it compiles for."""
-  return {} if device.platform == "tpu" else _GPU_OPTIONS
+  if device.platform == "tpu":
+    return {}
+  return _GPU_OPTIONS | {"xla_gpu_kernel_cache_file": _kernel_cache()}
+
+
+@functools.cache
+def _kernel_cache() -> str:
+  """A file for GPU kernels: most are those of the step compiled before."""
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return os.path.join(folder, "kernels")
 
 
 def usable_bytes(device: Any, chip: chips.Chip) -> float:
