@@ -15,6 +15,8 @@ import pytest
 from jepa_jax import command
 from jepa_jax.models.kernels import gpu
 from jepa_jax.planning import estimate, hlo, topologies
+from jepa_jax.training import program as training
+from jepa_jax.training import sharding
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +140,24 @@ def test_attention_by_cudnn_compiles(
     options = topologies.compiler_options(topologies.devices_of(topology)[0])
     text = step.compile(compiler_options=options).as_text()
     assert calls(text, FORWARD, BACKWARD) == 1 and calls(text, FORWARD) == 2
+
+
+def test_an_encoder_by_cudnn_is_evaluated():
+  config = load("ijepa_in1k.py:vitb16", "compute.attention=cudnn")
+  devices = topologies.devices_of("h100:4")
+  program = training.build(config, sharding.make_mesh(config.mesh, devices))
+  network = program.objective.networks["encoder"]
+  images = jax.ShapeDtypeStruct(
+    (8, 224, 224, 3),
+    jnp.float32,
+    sharding=sharding.batch_sharding(program.mesh),
+  )
+  encode = jax.jit(lambda p, x: network.apply({"params": p}, x, layers=2))
+  lowered = encode.lower(program.state_spec.target_params["encoder"], images)
+  options = topologies.compiler_options(devices[0])
+  text = lowered.compile(compiler_options=options).as_text()
+  assert calls(text, FORWARD) == 2
+  assert "bf16[2,12,196,64]" in text  # of a device's own images
 
 
 SMALL = (
