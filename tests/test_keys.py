@@ -31,6 +31,11 @@ def all_keys():
 
 
 KEYS = all_keys()
+OWNER = {  # key of a method -> the objective that declares it
+  f"method.{key}": name
+  for name in NAMES
+  for key in config_lib.method_keys(name)
+}
 
 
 # ---------------------------------------------------------------------------
@@ -242,8 +247,8 @@ def test_what_is_outside_is_one_line_that_names_the_key(name, data):
 def with_value(name, value):
   """A small config with one other value, as an experiment would set it."""
   config = conftest.small_config()
-  if name.startswith("method."):
-    config.objective = OUTSIDE_OBJECTIVE
+  if name in OWNER:
+    config.objective = OWNER[name]
     config_lib.fill_method(config)
   config.evaluations.x = config_lib.evaluation("count")
   *parents, leaf = name.split(".")
