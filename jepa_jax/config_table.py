@@ -254,6 +254,12 @@ KEYS: dict[str, keys.Key] = {
     "pallas is one kernel on a TPU (compiled for TPUs, not run on one) and xla "
     "elsewhere; cudnn needs NVIDIA GPUs and 16 bits",
   ),
+  "compute.cache": Key(
+    "auto",
+    keys.Text("a folder, or auto"),
+    'what XLA has compiled is kept there for the next start; "auto": '
+    '$XDG_CACHE_HOME/jepa_jax, or ~/.cache/jepa_jax; "": nowhere',
+  ),
   "mesh.data": Key(-1, whole(1, 2**20, also=(-1,)), "splits the batch"),
   "mesh.fsdp": Key(
     1,

@@ -22,8 +22,8 @@ def main(arguments: argparse.Namespace) -> int:
   from jepa_jax import config as config_lib
   from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import checkpoints as checkpoints_lib
+  from jepa_jax.training import compile_cache, sharding
   from jepa_jax.training import program as program_lib
-  from jepa_jax.training import sharding
 
   workdir = pathlib.Path(arguments.workdir)
   path = workdir / "config.json"
@@ -38,6 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     config = evaluation.resolve(config_lib.read(path))
     evaluation.check(config)
     evaluation.check_data(config)
+  compile_cache.use(config.compute.cache)
   program = program_lib.build(config, sharding.make_mesh(config.mesh))
   with checkpoints_lib.Checkpoints(workdir / "checkpoints") as checkpoints:
     state = checkpoints.restore(program.state_spec, arguments.step)

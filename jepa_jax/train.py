@@ -32,6 +32,7 @@ _FREE_KEYS = (
   "profile.",
   "compute.scan",
   "compute.remat",
+  "compute.cache",
 )
 
 
@@ -250,6 +251,8 @@ def _train(
     config_lib.steps(config, key)
     for key in ("checkpoint.every", "evaluate_every")
   )
+  if loop.step < end:
+    log.say("compiling the train step")
   while loop.step < end and not stopper.stopped:
     trace.at(loop.step, loop.state)
     due = (save_every, evaluate_every)
@@ -328,6 +331,9 @@ def _rebuild_config(path: pathlib.Path) -> dict[str, Any]:
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
+  from jepa_jax.training import compile_cache
+
+  compile_cache.use(arguments.config.compute.cache)
   return train_and_evaluate(
     arguments.config, arguments.workdir, stop_at=arguments.stop_at
   )

@@ -336,14 +336,43 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_an_error(
   disk, workdir = small_disk(), small_disk.path / "run"
   finish = checkpoints.Checkpoints.finish
 
-  def fill_and_finish(self, state):
+  def fill_and_finish(self, *arguments):
     self.wait()
     disk.fill()
-    finish(self, state)
+    finish(self, *arguments)
 
   monkeypatch.setattr(checkpoints.Checkpoints, "finish", fill_and_finish)
   with pytest.raises(ValueError, match="step 3 could not be saved.*from.*2"):
     train.train_and_evaluate(run_config, workdir, stop_at=3)
+
+
+def mount(folder, options):
+  """A file system of its own, until the test ends."""
+  command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+  if subprocess.run(command, capture_output=True).returncode:
+    pytest.skip("mounting needs root")
+
+
+@pytest.mark.parametrize("options", ["ro", "size=4k", "nr_inodes=1"])
+def test_a_folder_that_takes_no_checkpoint_is_named_at_once(
+  run_config, tmp_path, options
+):
+  folder = tmp_path / "checkpoints"
+  folder.mkdir()
+  mount(folder, options)
+  try:
+    if options == "size=4k":
+      (folder / "ballast").write_bytes(bytes(4096))
+    with pytest.raises(ValueError, match="no checkpoints can be saved in .*;"):
+      checkpoints.Checkpoints(folder, run_config.checkpoint)
+  finally:
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_file_in_the_place_of_checkpoints_is_named(run_config, tmp_path):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(ValueError, match="no checkpoints can be saved in"):
+    checkpoints.Checkpoints(tmp_path / "checkpoints", run_config.checkpoint)
 
 
 def test_a_trace_of_the_steps_that_the_config_names(run_config, tmp_path):

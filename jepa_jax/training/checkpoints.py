@@ -53,14 +53,14 @@ class Checkpoints:
       claim: the whole config as JSON values, kept with each checkpoint.
 
     Raises:
-      OSError: the folder cannot be written to.
+      ValueError: the folder is not there, or cannot be written to.
     """
     self._folder = pathlib.Path(folder).resolve()
     self._settings = settings
     self._claim = claim
     self.losses: list[tuple[int, float]] = []
     if settings is not None:
-      self._folder.mkdir(parents=True, exist_ok=True)
+      self._try_to_write()
     elif not self._folder.is_dir():
       raise ValueError(f"no checkpoints in {self._folder}.")
     self._saving: int | None = None  # step that is not known to be on disk
@@ -176,15 +176,28 @@ class Checkpoints:
     except Exception as error:  # Orbax and tensorstore raise many kinds.
       self._warn(error)
 
-  def _check_room(self) -> None:
-    """Raises OSError if process 0 cannot make a folder and a file in it.
+  def _try_to_write(self) -> None:
+    """Raises ValueError if nothing can be saved: now, not in hours."""
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._probe()
+    except OSError as error:
+      raise ValueError(
+        f"no checkpoints can be saved in {self._folder} "
+        f"({error.strerror or error}); make room or change its rights, or use "
+        "another workdir."
+      ) from None
 
-    Where Orbax's own folder cannot be made, the others wait for it until
-    Orbax's time is up.
-    """
+  def _probe(self) -> None:
+    """Raises OSError if no folder and no file in it can be made."""
+    with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as folder:
+      (pathlib.Path(folder) / "probe").write_bytes(bytes(4096))
+
+  def _check_room(self) -> None:
+    # Where Orbax's own folder cannot be made, in process 0, the others wait
+    # for it until Orbax's time is up.
     if distributed.active() and not jax.process_index():
-      with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-        (pathlib.Path(folder) / "probe").write_bytes(bytes(4096))
+      self._probe()
 
   def wait(self) -> bool:
     """Waits for a save under way; whether it came to be on disk."""
