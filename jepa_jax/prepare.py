@@ -82,7 +82,8 @@ def verify(source: sources.Source, *, decode_all: bool = False) -> Summary:
         if decode_all:
           pixels.stored(data)
       except ValueError as error:
-        unreadable[source.name(int(i))] = str(error)
+        why = source.problem(int(i)) or str(error)
+        unreadable[source.name(int(i))] = why
       else:
         sizes.append((header.height, header.width))
         encodings[header.encoding] += 1
@@ -123,6 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
     split=arguments.split,
     data_dir=arguments.data_dir,
     image_size=arguments.image_size,
+    max_mib=headers.MAX_MIB,
     num_scenes=tuple(arguments.num_scenes),
   )
   if arguments.download:

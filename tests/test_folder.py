@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import socket
 
 import numpy as np
 from PIL import Image
@@ -175,6 +176,27 @@ def test_a_tenth_is_held_out_and_stays_so_as_images_come_and_go(tmp_path):
   assert set(now) - {"class1/new.png"} == set(test)
 
 
+@pytest.mark.parametrize("count, held", [(20, 5), (12, 3), (60, 5), (4, 1)])
+def test_a_small_folder_holds_a_handful_out(tmp_path, count, held):
+  for i in range(count):
+    (tmp_path / f"{i}.png").touch()
+  assert len(names_of(tmp_path, "test")) >= held
+  assert len(names_of(tmp_path, "train")) >= count - max(held, count // 5)
+
+
+def test_at_least_one_of_each_class_is_held_out(tmp_path, caplog):
+  for i in range(21):  # 7 classes of 3
+    path = tmp_path / f"{i // 3}/{i}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  (tmp_path / "alone").mkdir()
+  (tmp_path / "alone/x.png").touch()
+  folders = lambda split: [x.split("/")[0] for x in names_of(tmp_path, split)]
+  assert set(folders("test")) >= set("0123456")
+  assert set(folders("train")) == {*"0123456", "alone"}
+  assert "moves in steps of" in caplog.text
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_handful_of_images_has_both_splits(tmp_path, count):
   for i in range(count):
@@ -248,3 +270,103 @@ def test_a_run_of_before_folders_had_splits_had_all_images(tmp_path):
   assert config.read(path).data.split == "train"
   path.write_text(json.dumps({"data": data | {"source": "tfds"}}))
   assert config.read(path).data.split == "train"
+
+
+# --- what is no image, and hostile names ------------------------------------
+
+
+def hostile(root):
+  """A folder with two images, and all else that can look like one."""
+  save(root / "cat/a.png")
+  save(root / "x.png/b.png")  # a folder named like an image
+  os.mkfifo(root / "pipe.png")
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind(os.path.relpath(root / "socket.jpg"))
+  (root / "zero.png").symlink_to("/dev/zero")
+  (root / "itself.png").symlink_to("itself.png")
+  (root / "itself").symlink_to("itself")
+  (root / "gone.png").symlink_to("nowhere.png")
+  (root / "cat/up").symlink_to(root)
+  for name in ("a.svg", "b.CR2", "c.jxl"):
+    (root / name).touch()
+  (root / "notes.txt").touch()
+
+
+def test_what_is_no_image_is_skipped_and_named_and_ends_nothing(
+  tmp_path, caplog, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "root").mkdir()
+  hostile(tmp_path / "root")
+  assert names_of(tmp_path / "root") == ["cat/a.png", "x.png/b.png"]
+  assert "skipped 5 below" in caplog.text  # no files
+  for name in (
+    "pipe.png",
+    "a folder seen already: cat/up/",
+    ".cr2 is not read",
+  ):
+    assert name in caplog.text
+  assert "notes" not in caplog.text
+  caplog.clear()
+  names_of(tmp_path / "root")
+  assert "skipped" not in caplog.text  # said once
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, caplog, monkeypatch):
+  save(tmp_path / "a/x.png")
+  save(tmp_path / "b/y.png")
+  scandir = os.scandir
+
+  def refuse(path):
+    if path.endswith("b/"):
+      raise PermissionError(13, "Permission denied")
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  assert names_of(tmp_path) == ["a/x.png"]
+  assert "permission denied: b/" in caplog.text
+  listing = folder._list_folder(str(tmp_path))
+  assert not folder._is_current(str(tmp_path), listing)  # looked at again
+
+
+def test_folders_may_lie_deeper_than_python_calls(tmp_path):
+  depth = 1200
+  path = str(tmp_path)
+  here = os.open(path, os.O_RDONLY)
+  for _ in range(depth):
+    os.mkdir("d", dir_fd=here)
+    below = os.open("d", os.O_RDONLY, dir_fd=here)
+    os.close(here)
+    here = below
+  os.close(os.open("x.png", os.O_CREAT, dir_fd=here))
+  os.close(here)
+  assert names_of(tmp_path) == ["d/" * depth + "x.png"]
+
+
+def test_what_takes_a_files_place_is_not_waited_for(tmp_path):
+  for name in ("a.png", "b.png", "c.png"):
+    save(tmp_path / name)
+  with open(tmp_path / "c.png", "ab") as file:
+    file.truncate(2**20 + 1)
+  source = folder.FolderSource(str(tmp_path), max_mib=1)
+  (tmp_path / "a.png").unlink()
+  os.mkfifo(tmp_path / "a.png")
+  (tmp_path / "b.png").unlink()
+  (tmp_path / "b.png").symlink_to("/dev/zero")
+  assert source.read(np.arange(3)) == [b"", b"", b""]
+  assert [source.problem(i) for i in range(3)] == [
+    "no file",
+    "no file",
+    "a file of 1 MiB, more than data.max_mib=1",
+  ]
+
+
+def test_names_are_printed_escaped(tmp_path):
+  names = ["red\x1b[31m", "line\nbreak", "turned\u202e", os.fsdecode(b"\xff")]
+  for name in (*names, "ü"):
+    save(tmp_path / name / f"{name}.png")
+  source = folder.FolderSource(str(tmp_path))
+  shown = " ".join(source.name(i) for i in range(5)) + " ".join(source.classes)
+  assert shown.isprintable() and "ü.png" in shown
+  assert r"red\x1b[31m" in source.classes and r"\udcff" in source.classes
+  assert all(source.read(np.arange(5)))

@@ -24,6 +24,7 @@ def arguments(folder, **changes):
     "split": "",
     "data_dir": "",
     "image_size": 64,
+    "max_mib": 9,
     "num_scenes": (8, 3),
     "download": False,
     "decode": False,

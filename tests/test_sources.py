@@ -49,7 +49,12 @@ def tiny(tmp_path_factory):
 
 def config(source="tfds", name="tiny_pictures", split="train", data_dir=""):
   return types.SimpleNamespace(
-    source=source, name=name, split=split, data_dir=data_dir, image_size=8
+    source=source,
+    name=name,
+    split=split,
+    data_dir=data_dir,
+    image_size=8,
+    max_mib=9,
   )
 
 

@@ -6,17 +6,23 @@
 
 Where no folders say what the splits are, "test" is a tenth of the images,
 chosen by a hash of their paths, and "train" the others: an image that is added
-or removed moves no other one. "all" is both, and slices are words of TFDS:
-"train[:90%]", "train[90%:]", "train[:500]+test".
+or removed moves no other one. Where a tenth is little, at least one image of
+each class with two or more is held out, and five in all, but for these no more
+than a quarter. "all" is both, and slices are words of TFDS: "train[:90%]",
+"train[90%:]", "train[:500]+test".
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Sequence
+import functools
 import hashlib
 import itertools
 import os
 import pathlib
+import stat
 from typing import Any
 
+from absl import logging
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -28,7 +34,18 @@ SUFFIXES = (
   *(".tif", ".tiff", ".avif", ".npy"),
   *((".heic", ".heif") if headers.pillow_heif else ()),
 )
+# Images by their names, of formats that are not read.
+UNREAD = (
+  *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga"),
+  *(".exr", ".hdr", ".dcm", ".ppm", ".pgm", ".pbm", ".pnm", ".eps", ".xcf"),
+  *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raw", ".npz"),
+)
 HELD_OUT = 0.1  # share of the images that is "test" where no folder says so
+_HELD_OUT_LEAST = 5  # images, where a quarter has as many
+_FEW = 30  # images of a test split that are warned of
+_NAMED = 3  # of the files that are skipped for one reason
+# A pipe is not waited for; Windows has no such flag, and no such pipes.
+_NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 _SPLITS = {"val", "valid", "validation", "test"}  # folders beside "train"
 
 
@@ -42,6 +59,7 @@ class FolderSource:
   Args:
     root: the folder.
     split: see the head of this file.
+    max_mib: MiB of the largest file that is read.
 
   Raises:
     ValueError: no such folder or split, or no image in it.
@@ -49,16 +67,21 @@ class FolderSource:
 
   encoding = None
 
-  def __init__(self, root: str, split: str = "all"):
+  def __init__(
+    self, root: str, split: str = "all", max_mib: float = headers.MAX_MIB
+  ):
     self._root = pathlib.Path(root).expanduser()
+    self._most = int(max_mib * 2**20)
+    root = records.printable(root)
     if not self._root.is_dir():
       raise ValueError(f"no folder {root}; set data.name to a folder of images")
     listing = records.cached(
       "folder",
-      str(self._root.resolve()),
+      (str(self._root.resolve()), SUFFIXES),
       lambda: _list_folder(str(self._root)),
       lambda arrays: _is_current(str(self._root), arrays),
     )
+    _tell_skipped(root, records.Names(listing["skipped"]))
     self._names = records.Names(listing["names"])
     if not len(self._names):
       raise ValueError(
@@ -68,19 +91,27 @@ class FolderSource:
     groups = [x.split("/") for x in records.Names(listing["groups"])]
     self._counts = listing["counts"]  # images of each group
     by_folder = _splits_of({parts[0] for parts in groups})
-    level = 1 if by_folder else 0
     hashes = listing["hashes"]
+    labels = self._name_classes(groups, by_folder)
     if by_folder:
       of = lambda x: np.repeat([g[0] == x for g in groups], self._counts)
       splits = {x: np.flatnonzero(of(x)) for x in sorted(by_folder)}
     else:
-      splits = _hold_out(hashes)
+      splits = _hold_out(hashes, labels)
     # Record number -> place in the listing.
-    self._chosen = _select(split, splits, hashes, str(root)).astype(np.int32)
-    self._name_classes(groups, level, by_folder)
+    self._chosen = _select(split, splits, hashes, root).astype(np.int32)
+    if split == "test" and len(self._chosen) < _FEW:
+      _tell(
+        f'split "test" of {root} holds {len(self._chosen)} images, so that a '
+        f"score moves in steps of {100 / len(self._chosen):.0f} %"
+      )
+    self._labels = labels[self._chosen]
+    if (self._labels < 0).any():  # none where a file is in no sub-folder
+      self.classes = []
 
-  def _name_classes(self, groups, level, by_folder):
-    """Sets classes, and the label of each record."""
+  def _name_classes(self, groups, by_folder):
+    """Sets classes; the label of each image of the listing, -1 for none."""
+    level = 1 if by_folder else 0
     found = [x[level] if len(x) > level + 1 else "" for x in groups]
     tops = [x[0] for x in groups]
     names = {
@@ -88,30 +119,44 @@ class FolderSource:
       for name, top in zip(found, tops)
       if name and (not by_folder or top in by_folder)
     }
-    self.classes = sorted(names)
-    number = {name: i for i, name in enumerate(self.classes)}
+    number = {name: i for i, name in enumerate(sorted(names))}
+    self.classes = [records.printable(name) for name in number]
     labels = np.asarray([number.get(name, -1) for name in found], np.int32)
-    self._labels = np.repeat(labels, self._counts)[self._chosen]
-    if (self._labels < 0).any():  # none where a file is in no sub-folder
-      self.classes = []
+    return np.repeat(labels, self._counts)
 
   def __len__(self) -> int:
     return len(self._chosen)
 
   def read(self, indices: np.ndarray) -> list[bytes]:
-    files = []
-    for i in indices.tolist():
-      try:
-        files.append(self._path(i).read_bytes())
-      except OSError:  # gone or forbidden: an unreadable image like any other
-        files.append(b"")
-    return files
+    # One that is gone or forbidden is an unreadable image like any other.
+    return [self._read(i)[0] for i in indices.tolist()]
+
+  def problem(self, index: int) -> str:
+    return self._read(index)[1]
+
+  def _read(self, index: int) -> tuple[bytes, str]:
+    """A file, or nothing and why."""
+    try:
+      # Of what was put in a file's place, a pipe would be waited for.
+      file = os.open(self._path(index), os.O_RDONLY | _NOT_WAITING)
+      with open(file, "rb") as opened:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+          return b"", "no file"
+        if status.st_size > self._most:
+          return b"", (
+            f"a file of {status.st_size / 2**20:,.0f} MiB, more than"
+            f" data.max_mib={self._most / 2**20:g}"
+          )
+        return opened.read(self._most), ""
+    except OSError as error:
+      return b"", (error.strerror or type(error).__name__).lower()
 
   def images(self, records: Sequence[bytes]) -> list[bytes]:
     return list(records)
 
   def name(self, index: int) -> str:
-    return str(self._path(index))
+    return records.printable(str(self._path(index)))
 
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     del record
@@ -144,13 +189,19 @@ def _splits_of(tops: set[str]) -> set[str]:
   return set()
 
 
-def _hold_out(hashes: np.ndarray) -> dict[str, np.ndarray]:
+def _hold_out(hashes: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
   """Splits by hash; at least one image is held out of two or more."""
   held = hashes < HELD_OUT * 2**32
-  if len(hashes) > 1 and not held.any():
-    held[np.argmin(hashes)] = True
+  for label in np.unique(labels[labels >= 0]):
+    members = np.flatnonzero(labels == label)
+    if len(members) > 1 and not held[members].any():
+      held[members[np.argmin(hashes[members])]] = True
+  few = min(_HELD_OUT_LEAST, max(len(hashes) // 4, int(len(hashes) > 1)))
+  order = np.argsort(hashes, kind="stable")
+  missing = few - int(held.sum())
+  held[[i for i in order.tolist() if not held[i]][: max(missing, 0)]] = True
   if held.all():
-    held[np.argmax(hashes)] = False
+    held[order[-1]] = False
   return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}
 
 
@@ -193,39 +244,32 @@ def _list_folder(root: str) -> dict[str, np.ndarray]:
 
   Names are packed a folder at a time, for a million of them as Python objects
   would take ten times the memory. A group is a run of files of one folder.
+  What looks like an image and is none that is read is listed too, as
+  "reason\\tname".
   """
-  packed, groups, counts, hashes, folders, seen = [], [], [], [], [], set()
-
-  def walk(prefix: str) -> None:
-    path = os.path.join(root, prefix)
-    stat = os.stat(path)
-    if (stat.st_dev, stat.st_ino) in seen:  # a link to a folder above
-      return
-    seen.add((stat.st_dev, stat.st_ino))
-    folders.append((prefix, stat.st_mtime_ns))
-    here = []
-    with os.scandir(path) as entries:
-      for entry in entries:
-        # What other programs leave behind: .ipynb_checkpoints, ._x.jpg, ...
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-          continue
-        if entry.name.lower().endswith(SUFFIXES):
-          here.append(prefix + entry.name)
-        elif entry.is_dir():
-          here.append(prefix + entry.name + "/")
-    here.sort()  # with its "/", a folder stands where its files belong
-    for is_folder, group in itertools.groupby(here, lambda x: x[-1] == "/"):
-      if is_folder:
-        for name in group:
-          walk(name)
-      else:
-        names = list(group)
-        packed.append(records.Names.pack(names))
-        groups.append(prefix)
-        counts.append(len(names))
-        hashes.append(np.asarray([_hash(name) for name in names], np.uint32))
-
-  walk("")
+  packed, groups, counts, hashes, folders, skipped = [], [], [], [], [], []
+  seen: set[tuple[int, int]] = set()
+  # Names to come, a folder's with its "/", the next one last: folders may lie
+  # deeper than Python calls.
+  pending: list[list[str]] = [[""]]
+  while pending:
+    if not pending[-1]:
+      pending.pop()
+      continue
+    group = pending[-1].pop()
+    if isinstance(group, str):
+      here = _list_one(root, group, seen, folders, skipped)
+      runs = itertools.groupby(here, lambda x: x[-1] == "/")
+      found: list[Any] = []
+      for is_folder, names in runs:
+        found += list(names) if is_folder else [(group, list(names))]
+      pending.append(found[::-1])
+    else:
+      prefix, names = group
+      packed.append(records.Names.pack(names))
+      groups.append(prefix)
+      counts.append(len(names))
+      hashes.append(np.asarray([_hash(name) for name in names], np.uint32))
   return {
     "names": np.concatenate([*packed, np.zeros(0, np.uint8)]),
     "groups": records.Names.pack(groups),
@@ -233,7 +277,73 @@ def _list_folder(root: str) -> dict[str, np.ndarray]:
     "hashes": np.concatenate([*hashes, np.zeros(0, np.uint32)]),
     "folders": records.Names.pack([prefix for prefix, _ in folders]),
     "times": np.asarray([time_ns for _, time_ns in folders], np.int64),
+    "skipped": records.Names.pack(skipped),
   }
+
+
+def _list_one(
+  root: str,
+  prefix: str,
+  seen: set[tuple[int, int]],
+  folders: list[tuple[str, int]],
+  skipped: list[str],
+) -> list[str]:
+  """Images and folders, with their "/", of one folder in sorted order."""
+  path, here = os.path.join(root, prefix), []
+  try:
+    status = os.stat(path)
+    if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+      skipped.append(f"a folder seen already\t{prefix}")
+      return []
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(path) as entries:
+      for entry in entries:
+        # What other programs leave behind: .ipynb_checkpoints, ._x.jpg, ...
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+          continue
+        name, lower = prefix + entry.name, entry.name.lower()
+        if lower.endswith(SUFFIXES) and _is(entry.is_file):
+          here.append(name)
+        elif _is(entry.is_dir):
+          here.append(name + "/")
+        elif lower.endswith(SUFFIXES):
+          skipped.append(f"no file\t{name}")
+        elif lower.endswith(UNREAD):
+          suffix = lower[lower.rindex(".") :]
+          skipped.append(f"{suffix} is not read\t{name}")
+    folders.append((prefix, status.st_mtime_ns))
+  except OSError as error:
+    why = (error.strerror or type(error).__name__).lower()
+    skipped.append(f"{why}\t{prefix}")
+    folders.append((prefix, -1))  # looked at again each time
+    return []
+  return sorted(here)  # with its "/", a folder stands where its files belong
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+  """What an entry says of itself."""
+  try:
+    return kind()
+  except OSError:  # a link to itself
+    return False
+
+
+def _tell_skipped(root: str, skipped: Sequence[str]) -> None:
+  """Says once what is no image and looks like one."""
+  reasons = collections.defaultdict(list)
+  for line in skipped:
+    why, _, name = line.partition("\t")
+    reasons[why].append(name)
+  for why, names in sorted(reasons.items()):
+    shown = ", ".join(records.printable(x) for x in names[:_NAMED])
+    more = ", ..." if len(names) > _NAMED else ""
+    _tell(f"skipped {len(names):,} below {root}: {why}: {shown}{more}")
+
+
+@functools.cache
+def _tell(text: str) -> None:
+  """Warns, once a process of each thing."""
+  logging.warning("%s", text)
 
 
 def _hash(name: str) -> int:
@@ -243,7 +353,7 @@ def _hash(name: str) -> int:
 
 def _is_current(root: str, listing: dict[str, np.ndarray]) -> bool:
   """Whether no folder has changed since it was listed."""
-  if "hashes" not in listing:  # of an older version
+  if "skipped" not in listing:  # of an older version
     return False
   folders = records.Names(listing["folders"])
   for prefix, time_ns in zip(folders, listing["times"]):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.data import scenes, sources
+from jepa_jax.data import records, scenes, sources
 
 MOST_CLASSES = 100_000  # that numbers in lists may stand for
 _plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
@@ -54,7 +54,9 @@ def class_names(
     )
   if numbers:
     return [str(number) for number in range(max(numbers) + 1)]
-  return [text.decode(errors="replace") for text in sorted(texts)]
+  return [
+    records.printable(text.decode(errors="replace")) for text in sorted(texts)
+  ]
 
 
 def sample(

@@ -39,6 +39,9 @@ class Source(Protocol):
   def name(self, index: int) -> str:
     """What to call a record in a message."""
 
+  def problem(self, index: int) -> str:
+    """Why a record is read as empty; "" where it is not, or none knows."""
+
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     """All features of one record but its image, decoded by TensorFlow."""
 
@@ -102,6 +105,10 @@ class TfdsSource:
   def name(self, index: int) -> str:
     return f"{self._label} record {index}"
 
+  def problem(self, index: int) -> str:
+    del index
+    return ""
+
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     del index
     skip = {self._image_key: tfds.decode.SkipDecoding()}
@@ -164,6 +171,10 @@ class Mixture:
     part, number = self._part(index)
     return part.name(number)
 
+  def problem(self, index: int) -> str:
+    part, number = self._part(index)
+    return part.problem(number)
+
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     del record, index
     return {}
@@ -217,7 +228,7 @@ def _open_tfds(config: Any, split: str) -> Source:
 
 
 def _open_folder(config: Any, split: str) -> Source:
-  return folder.FolderSource(config.name, split)
+  return folder.FolderSource(config.name, split, config.max_mib)
 
 
 def _open_mixture(config: Any, split: str) -> Source:

@@ -88,10 +88,11 @@ def mend(
     bad = np.flatnonzero(~readable)
     for number in np.unique(index[bad]):
       (record,) = source.images(source.read(np.asarray([number])))
-      unreadable.add(source.name(int(number)), pixels.diagnose(record, rules))
+      why = source.problem(int(number)) or pixels.diagnose(record, rules)
+      unreadable.add(source.name(int(number)), why)
     good = np.flatnonzero(readable)
     if not len(good):
-      unreadable.stop(source.name(int(index[0])), len(index))
+      unreadable.stop(f"{source.name(int(index[0]))} ({why})", len(index))
       return np.arange(len(readable), dtype=np.int32)
     following = np.searchsorted(good, np.arange(len(readable))) % len(good)
     return good[following].astype(np.int32)
