@@ -34,6 +34,7 @@ import numpy as np
 from jepa_jax import convert, models
 from jepa_jax.convert import hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
+from jepa_jax.models import patches
 from jepa_jax.models.kernels import cpu
 
 EXPORTED = "encoder.stablehlo"
@@ -56,18 +57,23 @@ class Preprocessing:
     std: a value a channel.
     image_size: (H, W) of training, pixels. Positions are computed for any
       size that the patch size divides, unless they are stored.
+    dtype: of the result, float32 or float64.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
   image_size: tuple[int, int]
+  dtype: str = "float32"
 
-  def __call__(self, images: Any) -> jax.Array:
-    """Normalises uint8 [B, H, W, C]; floats are taken as normalised."""
-    return models.normalize_images(jnp.asarray(images), self.mean, self.std)
+  def __call__(self, images: Any, *, unit_range: bool = False) -> jax.Array:
+    """Normalises images; the arguments are those of models.normalize_images."""
+    return models.normalize_images(
+        jnp.asarray(images), self.mean, self.std,
+        unit_range=unit_range, dtype=self.dtype,
+    )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
   """Networks and their parameters; unpacks to (module, params, preprocessing).
 
@@ -89,6 +95,15 @@ class Pretrained:
   predictor: models.Predictor | None
   _copies: dict[str, table.Params] = dataclasses.field(default_factory=dict)
 
+  def __repr__(self) -> str:
+    height, width = self.preprocessing.image_size
+    return (
+      f"Pretrained({self.which} encoder: {self.module.depth} blocks of width "
+      f"{self.module.width}, patches of {self.module.patch_size}; images "
+      f"{height}x{width}x{len(self.preprocessing.mean)}; networks: "
+      f"{', '.join(self.networks)})"
+    )
+
   def __iter__(self) -> Iterator[Any]:
     return iter((self.module, self.params, self.preprocessing))
 
@@ -100,6 +115,7 @@ class Pretrained:
     pool: str | None = "mean",
     *,
     batch_size: int = 0,
+    unit_range: bool = False,
   ) -> jax.Array:
     """Encodes images.
 
@@ -112,27 +128,30 @@ class Pretrained:
       pool: "mean" over the patches, or None for all of them.
       batch_size: images a forward pass; 0 for all. The last batch is padded,
         so that nothing is compiled twice.
+      unit_range: floats go from 0 to 1, and are normalised here.
 
     Returns:
-      float32 [B, layers * D], or [B, h, w, layers * D] without pooling.
+      [B, layers * D], or [B, h, w, layers * D] without pooling; float64 of a
+      network that computes in it, float32 of all others.
 
     Raises:
-      ValueError: no such encoder, unknown pool or wrong shape of images.
+      ValueError: no such encoder, unknown pool, wrong shape or type of images.
     """
     which = which or self.which
     self._params(which)
     if pool not in ("mean", None):
       raise ValueError(f'unknown pool "{pool}"; known: "mean", None.')
-    images = np.asarray(images) if batch_size else jnp.asarray(images)
-    self._check(images.shape)
+    images = self._check(images)
+    if batch_size:
+      images = np.asarray(images)
     module = self.module
     if jax.default_backend() == "cpu":
       module = module.clone(kernels=cpu.KERNELS)
     run = functools.partial(
-      _encoder(), module, self.preprocessing, layers, pool
+      _encoder(), module, self.preprocessing, layers, pool, unit_range
     )
     size, count = batch_size or len(images), len(images)
-    if size == count:
+    if count in (0, size):
       return run(*self._spread(which, images))
     features = []
     for start in range(0, count, size):
@@ -149,6 +168,8 @@ class Pretrained:
     target_ids: Any,
     context_valid: Any | None = None,
     target_valid: Any | None = None,
+    *,
+    unit_range: bool = False,
   ) -> jax.Array:
     """Predicts the objective's targets of some patches from other patches.
 
@@ -163,6 +184,7 @@ class Pretrained:
         is predicted independently of the others.
       context_valid: as context_ids, bool, False for padding; or None.
       target_valid: as target_ids, bool, False for padding; or None.
+      unit_range: as of encode.
 
     Returns:
       float32 [B, S, M, T, output width of the predictor]; S or M is 1 where
@@ -175,8 +197,7 @@ class Pretrained:
       raise ValueError(
         "there is no predictor; convert with --which all, or load a run."
       )
-    images = jnp.asarray(images)
-    self._check(images.shape)
+    images = self._check(images)
     grid = models.patch_grid(*images.shape[1:3], self.module.patch_size)
     ids = []
     for name, x in (("context_ids", context_ids), ("target_ids", target_ids)):
@@ -184,6 +205,7 @@ class Pretrained:
       x = x[:, None] if x.ndim == 2 else x
       if (
         x.ndim != 3
+        or not np.issubdtype(x.dtype, np.integer)
         or len(x) != len(images)
         or (x.size and not 0 <= x.min() <= x.max() < grid[0] * grid[1])
       ):
@@ -198,8 +220,8 @@ class Pretrained:
     ]
     params = (self._params("context"), self._params("predictor"))
     return _predict(
-        self.module, self.predictor, self.preprocessing, params, images,
-        *ids, *valid,
+        self.module, self.predictor, self.preprocessing, unit_range, params,
+        images, *ids, *valid,
     )  # fmt: skip
 
   def export(
@@ -241,7 +263,7 @@ class Pretrained:
     def encode(flat: dict[str, jax.Array], images: jax.Array) -> jax.Array:
       params = jax.tree.unflatten(structure, [flat[key] for key in names])
       return _features(
-        self.module, self.preprocessing, layers, pool, params, images
+        self.module, self.preprocessing, layers, pool, False, params, images
       )
 
     names = list(flat)
@@ -278,12 +300,16 @@ class Pretrained:
       )
     return self.networks[name]
 
-  def _check(self, shape: tuple[int, ...]) -> None:
+  def _check(self, images: Any) -> Any:
+    images = images if isinstance(images, jax.Array) else np.asarray(images)
     channels = len(self.preprocessing.mean)
-    if len(shape) != 4 or shape[-1] != channels:
+    if images.ndim != 4 or images.shape[-1] != channels:
       raise ValueError(
-        f"images have shape {shape}; they need to be [B, H, W, {channels}]."
+        f"images have shape {images.shape}; they need to be "
+        f"[B, H, W, {channels}]."
       )
+    patches.check_pixels(images.dtype)
+    return images
 
 
 def load(
@@ -304,7 +330,8 @@ def load(
       evaluated: the target encoder, or the context encoder where there is no
       other: of a run without a moving average, and, with a warning, of
       published Hugging Face weights and other files.
-    dtype: of the computation, "float32" or "bfloat16". Parameters are float32.
+    dtype: of the computation, "float32", "bfloat16", or "float64" with JAX's
+      jax_enable_x64. Parameters are float32.
     step: checkpoint of a run; None for the newest.
     num_heads: of a released checkpoint of no known size.
     scan: compiles one block instead of all, which is faster to compile and
@@ -316,6 +343,10 @@ def load(
   Raises:
     ValueError: one line about what is wrong with the file.
   """
+  if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    raise ValueError(
+      'dtype "float64" needs jax.config.update("jax_enable_x64", True) first.'
+    )
   weights = convert.read(path, num_heads=num_heads, step=step)
   if which is None:
     which = "target" if "target" in weights.networks else "context"
@@ -331,7 +362,10 @@ def load(
     module=weights.module(which, **compute),
     params=networks[which],
     preprocessing=Preprocessing(
-      weights.mean, weights.std, tuple(weights.image_size)
+      weights.mean,
+      weights.std,
+      tuple(weights.image_size),
+      str(jnp.promote_types(dtype, jnp.float32)),
     ),
     which=which,
     networks=networks,
@@ -339,9 +373,10 @@ def load(
   )
 
 
-def _features(module, preprocessing, layers, pool, params, images):
-  x = module.apply({"params": params}, preprocessing(images), layers=layers)
-  x = x.astype(jnp.float32)
+def _features(module, preprocessing, layers, pool, unit_range, params, images):
+  images = preprocessing(images, unit_range=unit_range)
+  x = module.apply({"params": params}, images, layers=layers)
+  x = x.astype(preprocessing.dtype)
   if pool == "mean":
     return x.mean(axis=1)
   grid = models.patch_grid(*images.shape[1:3], module.patch_size)
@@ -353,7 +388,7 @@ def _encoder() -> Any:
   """_features, jitted with what suits the default backend."""
   options = _known(_CPU_OPTIONS) if jax.default_backend() == "cpu" else None
   return jax.jit(
-    _features, static_argnums=(0, 1, 2, 3), compiler_options=options
+    _features, static_argnums=(0, 1, 2, 3, 4), compiler_options=options
   )
 
 
@@ -370,12 +405,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
   return {name: options[name] for name in options if has(name)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _predict(
-    encoder, predictor, preprocessing, params, images,
+    encoder, predictor, preprocessing, unit_range, params, images,
     context_ids, target_ids, context_valid, target_valid,
 ):  # fmt: skip
-  images = preprocessing(images)
+  images = preprocessing(images, unit_range=unit_range)
   grid = models.patch_grid(*images.shape[1:3], encoder.patch_size)
   context = encoder.apply(
     {"params": params[0]}, images, context_ids, context_valid
@@ -383,4 +418,4 @@ def _predict(
   return predictor.apply(
       {"params": params[1]}, context, context_ids, target_ids, grid,
       context_valid, target_valid,
-  ).astype(jnp.float32)  # fmt: skip
+  ).astype(preprocessing.dtype)  # fmt: skip

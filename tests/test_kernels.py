@@ -1,10 +1,12 @@
 """Kernels that a backend has of its own, beside the plain ones."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 import test_models
@@ -89,6 +91,64 @@ ATTENTION = {
   "cpu": cpu.attention,
   "cuDNN's call": functools.partial(gpu.attention, implementation="xla"),
 }
+
+
+# What a kernel is called with, and how many of its arguments a device has a
+# share of; the others are the same on all.
+B, N, D, HEADS = 2, 5, 12, 3
+CALLS = {
+  "dense": (((B, N, D), (D, 7), (7,)), 1),
+  "layer_norm": (((B, N, D), (D,), (D,)), 1),
+  "attention": (((B, N, 3, HEADS, 4),), 1),
+  "attention, queries apart": (((B, N, 2, HEADS, 4), (B, 2, HEADS, 4)), 2),
+  "gelu": (((B, N, D),), 1),
+}
+TUNED_OR_NOT = TUNED | {
+  "plain": PLAIN,
+  "gpu": models.Kernels(attention=ATTENTION["cuDNN's call"]),
+}
+
+
+def call_of(kernels, name):
+  """A kernel as a function of arrays of floats alone."""
+  kernel = getattr(kernels, name.partition(",")[0])
+  return {
+    "layer_norm": lambda *args: kernel(*args, 1e-3),
+    "attention, queries apart": lambda qkv, query: kernel(qkv, None, query),
+  }.get(name, kernel)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", TUNED_OR_NOT)
+def test_gradients_have_the_types_of_what_they_are_of(name, call):
+  shapes, _ = CALLS[call]
+  kernel = call_of(TUNED_OR_NOT[name], call)
+  total = lambda *args: kernel(*args).astype(jnp.float32).sum()
+  for types in itertools.product(("bfloat16", "float32"), repeat=len(shapes)):
+    args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, types)]
+    gradient = jax.grad(total, tuple(range(len(args))))
+    assert [x.dtype for x in jax.eval_shape(gradient, *args)] == list(types)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", [*TUNED_OR_NOT, "tpu"])
+def test_kernels_may_be_called_by_device(name, call):
+  """With JAX's check of what varies, which the types alone show."""
+  kernels = models.Kernels(attention=tpu.attention)
+  kernel = call_of((TUNED_OR_NOT | {"tpu": kernels})[name], call)
+  shapes, shared = CALLS[call]
+  args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+  mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
+  specs = (P("d"),) * shared + (P(),) * (len(args) - shared)
+  gradient = jax.grad(
+    lambda *args: jax.lax.psum(kernel(*args).sum(), "d"),
+    tuple(range(len(args))),
+  )
+  by_device = jax.shard_map(
+    gradient, mesh=mesh, in_specs=specs, out_specs=specs
+  )
+  seen = jax.eval_shape(by_device, *args)
+  assert [x.shape for x in seen] == list(shapes)
 
 
 @pytest.mark.parametrize("first", [None, 2])  # queries of some patches alone

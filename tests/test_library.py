@@ -126,6 +126,52 @@ def test_encode_in_batches_compiles_once(model, images):
   assert pretrained._encoder()._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("batch_size", [0, 2])
+def test_no_images_have_no_features(model, images, batch_size):
+  assert model.encode(images[:0], batch_size=batch_size).shape == (0, 28)
+  assert model.encode(images[:0], pool=None).shape == (0, *GRID, 28)
+  ids = np.zeros((0, 2), int)
+  assert model.predict(images[:0], ids, ids).shape == (0, 1, 1, 2, 28)
+
+
+def test_floats_from_0_to_1_are_normalised_where_one_says_so(model, images):
+  expected = model.encode(images)
+  unit = images / np.float32(255)
+  seen = model.encode(unit, unit_range=True)
+  np.testing.assert_allclose(seen, expected, atol=1e-5)
+  assert np.abs(model.encode(unit) - expected).max() > 0.01
+  ids = np.zeros((3, 2), int)
+  np.testing.assert_allclose(
+    model.predict(unit, ids, ids + 1, unit_range=True),
+    model.predict(images, ids, ids + 1),
+    atol=1e-5,
+  )
+
+
+def test_what_is_loaded_says_so_in_one_line(model):
+  assert repr(model) == (
+    "Pretrained(target encoder: 3 blocks of width 28, patches of 4; images "
+    "12x20x3; networks: context, predictor, target)"
+  )
+
+
+def test_float64_is_computed_in_float64(exported, images):
+  with pytest.raises(ValueError, match="jax_enable_x64"):
+    jepa_jax.load(exported[0], dtype="float64")
+  with jax.enable_x64(True):
+    model = jepa_jax.load(exported[0], dtype="float64")
+    seen = model.encode(images)
+    assert seen.dtype == jnp.float64
+    assert model.preprocessing(images).dtype == jnp.float64
+    # Images that differ by less than float32 can tell differ here.
+    far = normalized(images)
+    near = far + 1e-10
+    assert np.abs(model.encode(near) - model.encode(far)).max() > 0
+  np.testing.assert_allclose(
+    seen, jepa_jax.load(exported[0]).encode(images), atol=1e-3
+  )
+
+
 def test_half_precision_is_close(exported, images):
   half = jepa_jax.load(exported[0], dtype="bfloat16", scan=True)
   whole = jepa_jax.load(exported[0])
@@ -158,6 +204,12 @@ def test_stored_positions_are_of_one_grid(tmp_path, images):
     (dict(images=np.zeros((12, 20, 3), np.uint8)), "need to be"),
     (dict(images=np.zeros((1, 12, 20, 1), np.uint8)), "H, W, 3"),
     (dict(images=np.zeros((1, 13, 20, 3), np.uint8)), "patch size 4"),
+    (
+      dict(images=np.zeros((1, 12, 20, 3), int)),
+      "int64; they need to be uint8",
+    ),
+    (dict(images=np.zeros((1, 12, 20, 3), np.uint16)), "uint16; they need"),
+    (dict(images=np.zeros((1, 12, 20, 3), bool)), "bool; they need to be"),
   ],
 )
 def test_encode_says_what_is_wrong(arguments, message, model, images):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from jepa_jax import config as config_lib
 from jepa_jax import masks
 from jepa_jax.data import tf_masks
 from jepa_jax.masks import counter_rng, rectangles
@@ -457,10 +458,25 @@ def test_rasterized_takes_every_quadrant_as_context_equally_often():
   assert np.abs(corner.mean(0) - 0.25).max() < 5 * math.sqrt(0.19 / 4000)
 
 
+def test_nothing_need_be_said():
+  """What is left out is as in the config's defaults: the released masks."""
+  settings = {**config_lib.defaults().masks}
+  for given, whole in (
+    ((), settings),
+    (({"num_targets": 3},), settings | {"num_targets": 3}),
+  ):
+    expected = masks.sample(
+      whole, (14, 14), seed=0, step=0, epoch=0, index=np.zeros(1, int)
+    )
+    assert expected["target_ids"].shape[:2] == (1, whole["num_targets"])
+    jax.tree.map(np.testing.assert_array_equal, masks.sample(*given), expected)
+
+
 @pytest.mark.parametrize(
   "settings, grid, words_of_it",
   [
     ({"name": "relaesd"}, (8, 8), ["relaesd", "released", "corrected"]),
+    ({"num_target": 3}, (8, 8), ["num_target", 'did you mean "num_targets"']),
     ({"min_keep": 10}, (8, 8), ["target", "9 patches", "min_keep=10"]),
     ({"min_keep": 0}, (2, 2), ["0 patches", "2x2", "target_scale"]),
     ({"context_scale": (0.9, 0.5)}, (8, 8), ["context_scale", "0.9"]),

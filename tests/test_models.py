@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jepa_jax import models
+from jepa_jax.models.kernels import cpu, xla
 
 B, H, W, C, PATCH = 2, 12, 20, 3, 4  # grid 3 x 5
 SETTINGS = dict(width=28, depth=5, num_heads=7, patch_size=PATCH)
@@ -78,6 +79,13 @@ def small(name, dtype="float64", kernels=models.Kernels()):  # noqa: B008
     variables,
   )
   return jax.jit(f), variables, x
+
+
+def in_float32(name, kernels, dtype="float32"):
+  """As small, with variables and x in float32."""
+  with jax.enable_x64(True):
+    f, *args = small(name, dtype, kernels)
+    return f, *jax.tree.map(lambda x: x.astype("float32"), args)
 
 
 def along(f, variables, x):
@@ -161,6 +169,7 @@ TRANSFORMS = {
   "export": lambda f, v, x: (exported(f, v, x), f(v, x)),
 }
 NETWORKS = ("Encoder", "Predictor")
+KERNELS = {"plain": models.Kernels(), "xla": xla.KERNELS, "cpu": cpu.KERNELS}
 
 
 def exported(f, variables, x):
@@ -196,6 +205,64 @@ def test_narrow_types_are_near_float64(dtype, off, network):
     assert seen.dtype == dtype
     error = jnp.linalg.norm(seen - expected) / jnp.linalg.norm(expected)
     assert error < off
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_an_empty_batch_is_empty(kernels, network):
+  f, variables, x = in_float32(network, KERNELS[kernels])
+  shape = lambda x: jax.eval_shape(f, variables, x).shape
+  assert shape(x[:0]) == (0, *shape(x)[1:])
+  total = lambda *args: f(*args).sum()
+  gradient = jax.eval_shape(jax.grad(total, (0, 1)), variables, x[:0])
+  same = lambda a, b: a.shape == b.shape
+  assert jax.tree.all(jax.tree.map(same, gradient, (variables, x[:0])))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("params", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_have_the_parameters_type(dtype, params, kernels, network):
+  f, variables, x = in_float32(network, KERNELS[kernels], dtype)
+  variables = jax.tree.map(lambda x: x.astype(params), variables)
+  total = lambda v: f(v, x).astype("float32").sum()
+  gradient = jax.eval_shape(jax.grad(total), variables)
+  assert {x.dtype for x in jax.tree.leaves(gradient)} == {np.dtype(params)}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_networks_run_by_device(kernels, network):
+  """Under jax.shard_map with its defaults, which check what varies."""
+  f, variables, x = in_float32(network, KERNELS[kernels])
+  spec = jax.sharding.PartitionSpec
+  total = lambda v, x: jax.lax.psum(f(v, x).sum(), "d")
+  by_device = jax.shard_map(
+    jax.value_and_grad(total),
+    mesh=jax.sharding.Mesh(jax.devices()[:1], "d"),
+    in_specs=(spec(), spec("d")),
+    out_specs=spec(),
+  )
+  loss, gradient = jax.eval_shape(by_device, variables, x)
+  assert loss.shape == ()
+  assert jax.tree.structure(gradient) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nothing_of_float64_is_computed_in_float32(kernels, network):
+  with jax.enable_x64(True):
+    f, variables, x = small(network, "float64", KERNELS[kernels])
+    total = lambda *args: f(*args).sum()
+    program = jax.jit(jax.grad(total)).lower(variables, x).as_text()
+  assert "f64" in program and "f32" not in program
+
+
+@pytest.mark.parametrize("shape", [(H, W), (13, W, C), (1, 1, 13, W, C)])
+def test_a_wrong_rank_is_named_before_the_grid(shape):
+  with pytest.raises(ValueError, match=r"they need to be \[B, H, W, C\]"):
+    models.Encoder(**SETTINGS).init(jax.random.key(0), jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("scan", [False, True])

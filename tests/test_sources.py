@@ -1,8 +1,12 @@
+import configparser
 import io
 import pathlib
+import sys
 import types
 
+import conftest
 import numpy as np
+from packaging import requirements
 from PIL import Image
 import pytest
 import tensorflow as tf
@@ -147,6 +151,45 @@ def test_array_record_files_are_read_the_same(tmp_path, tiny):
     assert len(ours) == len(wanted)
     index = np.asarray([4, 0, 4])
     assert ours.images(ours.read(index)) == wanted.images(wanted.read(index))
+
+
+def test_without_its_reader_array_record_files_alone_are_refused(
+  tmp_path, tiny, monkeypatch
+):
+  builder = TinyPictures(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  monkeypatch.setitem(sys.modules, "array_record.python", None)
+  with pytest.raises(ValueError, match="not installed.*format=tfrecord"):
+    sources.TfdsSource(builder, "train")
+  assert len(sources.open_source(config(split="train", data_dir=tiny)))
+
+
+@pytest.mark.parametrize(
+  ("system", "machine", "has"),
+  [
+    ("linux", "x86_64", True),
+    ("linux", "aarch64", False),
+    ("darwin", "arm64", True),
+    ("darwin", "x86_64", False),
+    ("win32", "AMD64", False),
+  ],
+)
+def test_array_record_is_installed_where_there_is_one(system, machine, has):
+  setup = configparser.ConfigParser()
+  setup.read(conftest.ROOT / "setup.cfg")
+  lines = setup["options"]["install_requires"].splitlines()
+  needed = [
+    requirements.Requirement(line)
+    for line in lines
+    if line.startswith(("array_record", "tensorflow"))
+  ]
+  here = {"sys_platform": system, "platform_machine": machine}
+  names = [
+    x.name for x in needed if x.marker is None or x.marker.evaluate(here)
+  ]
+  assert ("array_record" in names) == has
+  # One build of TensorFlow.
+  assert sum(x in ("tensorflow", "tensorflow-cpu") for x in names) == 1
 
 
 def test_files_without_random_access_are_refused(tmp_path):

@@ -13,7 +13,6 @@ import pathlib
 import re
 from typing import Any, Protocol
 
-from array_record.python import array_record_data_source
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -80,9 +79,7 @@ class TfdsSource:
     if kinds == {"tfrecord"}:
       self._records = records.TfRecords(self._instructions)
     elif kinds == {"array_record"}:
-      self._records = array_record_data_source.ArrayRecordDataSource(
-        self._instructions
-      )
+      self._records = _array_records(self._instructions, self._label)
     else:
       raise ValueError(
         f"{self._label} is stored as {', '.join(sorted(kinds))}, which allows"
@@ -348,6 +345,19 @@ def _split_info(builder: tfds.core.DatasetBuilder, split: str) -> Any:
 def _record_format(path: Any) -> str:
   """File format by TFDS's naming: "set-split.FORMAT-00000-of-00001"."""
   return os.path.basename(str(path)).rpartition(".")[2].partition("-")[0]
+
+
+def _array_records(instructions: Any, label: str) -> Any:
+  """Random access to ArrayRecord files, where their reader is installed."""
+  try:
+    from array_record.python import array_record_data_source
+  except ImportError:
+    raise ValueError(
+      f"{label} is stored as array_record, whose reader is not installed (it "
+      "has no package for Windows, Intel Macs and ARM Linux); prepare the data "
+      "set with --file_format=tfrecord."
+    ) from None
+  return array_record_data_source.ArrayRecordDataSource(instructions)
 
 
 def _image_key(features: Any, label: str) -> str:

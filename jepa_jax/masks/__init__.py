@@ -2,6 +2,7 @@
 
     masks.sample(config.masks, grid=(14, 14), seed=0, step=0, epoch=0,
                  index=jnp.arange(8))
+    masks.sample({"name": "corrected"}, index=jnp.arange(8))
 
 `samplers` has the samplers, each written once over an array namespace `xp`:
 NumPy, `jax.numpy`, or the TensorFlow one of `jepa_jax.data.tf_masks`. The three
@@ -94,7 +95,7 @@ def mask_shapes(config: Any, grid: tuple[int, int]) -> MaskShapes:
   `union`, see SAMPLERS).
 
   Args:
-    config: config.masks.
+    config: as of `sample`.
     grid: (H, W) in patches.
 
   Returns:
@@ -107,13 +108,13 @@ def mask_shapes(config: Any, grid: tuple[int, int]) -> MaskShapes:
 
 
 def sample(
-  config: Any,
-  grid: tuple[int, int],
+  config: Any = None,
+  grid: tuple[int, int] = (14, 14),
   *,
-  seed: int,
-  step: Array,
-  epoch: Array,
-  index: Array,
+  seed: int = 0,
+  step: Array = 0,
+  epoch: Array = 0,
+  index: Array = 0,
   xp: Any = jnp,
 ) -> dict[str, Array]:
   """Draws the masks of a batch.
@@ -121,13 +122,14 @@ def sample(
   Works inside `jax.jit`, where config, grid and seed must be static.
 
   Args:
-    config: config.masks.
+    config: config.masks, or what differs from its defaults, such as
+      {"name": "corrected"}; None for nothing.
     grid: (H, W) in patches.
     seed: the run's seed.
     step: scalar integer, decides what the sampler draws once a batch; or [B],
       as if every image were a batch of its own.
     epoch: [B] or scalar integer, the epoch of each image.
-    index: [B] integer, the index of each image in its source.
+    index: [B] or scalar integer, the index of each image in its source.
     xp: array namespace: `jax.numpy`, `numpy` or that of `data.tf_masks`.
 
   Returns:

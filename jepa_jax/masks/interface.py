@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any
 
+from jepa_jax import keys
 from jepa_jax.masks import rectangles
 from jepa_jax.masks.arrays import Array
 
@@ -13,24 +14,33 @@ from jepa_jax.masks.arrays import Array
 class Settings:
   """config.masks as a hashable value, with the grid; keys as in config.py."""
 
-  name: str
   grid: tuple[int, int]
-  num_contexts: int
-  num_targets: int
-  context_scale: tuple[float, float]
-  target_scale: tuple[float, float]
-  aspect_ratio: tuple[float, float]
-  allow_overlap: bool
-  min_keep: int
-  context_patches: int
+  name: str = "released"
+  num_contexts: int = 1
+  num_targets: int = 4
+  context_scale: tuple[float, float] = (0.85, 1.0)
+  target_scale: tuple[float, float] = (0.15, 0.2)
+  aspect_ratio: tuple[float, float] = (0.75, 1.5)
+  allow_overlap: bool = False
+  min_keep: int = 10
+  context_patches: int = 0
 
   @classmethod
   def from_config(cls, config: Any, grid: tuple[int, int]) -> "Settings":
-    """Reads config.masks.
+    """Reads config.masks, or what differs from its defaults.
 
     Raises:
-      ValueError: a value is out of range.
+      ValueError: unknown key, or a value is out of range.
     """
+    defaults = {
+      field.name: field.default
+      for field in dataclasses.fields(cls)
+      if field.name != "grid"
+    }
+    config = dict(config or {})
+    for key in config:
+      keys.choose("key of masks", key, defaults)
+    config = defaults | config
     pair = lambda key: tuple(float(x) for x in config[key])
     settings = cls(
       name=config["name"],

@@ -1,6 +1,7 @@
 """Images as patches, and where the patches lie."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,22 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
   return x.reshape(b, h * w, patch_size * patch_size * c)
 
 
+def check_pixels(dtype: Any) -> None:
+  """Refuses a type of images with a ValueError, unless uint8 or a float."""
+  if dtype != jnp.uint8 and not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+      f"images are {dtype}; they need to be uint8 (0 to 255), floats that are "
+      "normalised, or floats from 0 to 1 with unit_range=True."
+    )
+
+
 def normalize_images(
-  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+  images: jax.Array,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  *,
+  unit_range: bool = False,
+  dtype: Any = jnp.float32,
 ) -> jax.Array:
   """Brings images to zero mean and unit variance, on the device.
 
@@ -84,18 +99,28 @@ def normalize_images(
     images: [B, H, W, C]; uint8 is normalised, float is taken as normalised.
     mean: a value a channel, on a scale of 0 to 1.
     std: a value a channel, on a scale of 0 to 1.
+    unit_range: floats go from 0 to 1 and are normalised too.
+    dtype: of the result, float32 or float64.
 
   Returns:
-    [B, H, W, C] float32.
+    [B, H, W, C] of dtype.
+
+  Raises:
+    ValueError: other integers, whose range nobody knows.
   """
-  if images.dtype != jnp.uint8:
-    return images.astype(jnp.float32)
-  scale = 1.0 / (255.0 * np.asarray(std, np.float32))
-  shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
-  return images.astype(jnp.float32) * scale - shift
+  check_pixels(images.dtype)
+  is_float = images.dtype != jnp.uint8
+  if is_float and not unit_range:
+    return images.astype(dtype)
+  most = 1.0 if is_float else 255.0
+  scale = 1.0 / (most * np.asarray(std, dtype))
+  shift = np.asarray(mean, dtype) / np.asarray(std, dtype)
+  return images.astype(dtype) * scale - shift
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
+def sincos_positions(
+  grid: tuple[int, int], width: int, dtype: Any = np.float32
+) -> np.ndarray:
   """Fixed 2-D sine-cosine position embeddings.
 
   The first half of the channels encodes the column, the second the row; each
@@ -104,9 +129,10 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
   Args:
     grid: (h, w), rows and columns; they need not be equal.
     width: channels, a multiple of 4.
+    dtype: of the result.
 
   Returns:
-    [N, width] float32, row-major.
+    [N, width] of dtype, row-major.
 
   Raises:
     ValueError: width is not a multiple of 4.
@@ -126,9 +152,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     angles = np.outer(positions.reshape(-1), frequencies)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-  return np.concatenate([encode(columns), encode(rows)], axis=1).astype(
-    np.float32
-  )
+  return np.concatenate([encode(columns), encode(rows)], axis=1).astype(dtype)
 
 
 def gather_patches(x: jax.Array, ids: jax.Array) -> jax.Array:

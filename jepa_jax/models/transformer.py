@@ -143,7 +143,8 @@ class Block(nn.Module):
       x = select(x)
     if expand is not None:
       x, qkv = expand(x), expand(qkv)
-    qkv = qkv.reshape(*qkv.shape[:2], -1, *heads)  # [B, N, 3 or 2, heads, ...]
+    num = qkv.shape[2] // d  # 3, or 2 without queries
+    qkv = qkv.reshape(*qkv.shape[:2], num, *heads)  # [B, N, num, heads, ...]
     y = self.kernels.attention(qkv, valid, query)
     y = drop(dense(d, name="out")(y))
     x = x + self._drop_path(y, drop_path)

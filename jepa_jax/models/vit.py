@@ -107,10 +107,8 @@ class Encoder(nn.Module):
       raise ValueError(
         "got patch_ids and query_ids; query_ids are of whole images alone."
       )
-    grid = patches_lib.patch_grid(
-      images.shape[1], images.shape[2], self.patch_size
-    )
     patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
+    grid = patches_lib.patch_grid(*images.shape[1:3], self.patch_size)
     positions = self._positions(grid)
     if patch_ids is not None:
       # [B, (S,) K, patch pixels]
@@ -126,7 +124,7 @@ class Encoder(nn.Module):
     select = early = None
     if query_ids is not None:
       lead = query_ids.shape
-      flat_ids = query_ids.reshape(lead[0], -1)
+      flat_ids = jax.lax.collapse(query_ids, 1)
       select = lambda x: patches_lib.gather_patches(x, flat_ids)
       # Patches may be named several times: all of them may be fewer.
       early = select if flat_ids.shape[1] < x.shape[1] else None
@@ -154,7 +152,9 @@ class Encoder(nn.Module):
 
   def _positions(self, grid: tuple[int, int]) -> jax.Array:
     if self.position_grid is None:
-      return jnp.asarray(patches_lib.sincos_positions(grid, self.width))
+      wide = kernels_lib.at_least_float32(self.dtype)
+      positions = patches_lib.sincos_positions(grid, self.width, wide)
+      return jnp.asarray(positions)
     stored = tuple(self.position_grid)
     if grid != stored:
       raise ValueError(
@@ -231,8 +231,9 @@ class Predictor(nn.Module):
     dense = functools.partial(transformer.Dense, **compute)
     b, s, k, _ = context.shape
     _, m, t = target_ids.shape
+    wide = kernels_lib.at_least_float32(self.dtype)
     positions = jnp.asarray(
-      patches_lib.sincos_positions(grid, self.width), self.dtype
+      patches_lib.sincos_positions(grid, self.width, wide), self.dtype
     )
     seen = dense(self.width, name="embed")(context) + positions[context_ids]
     # Three axes as in the released code, where only tensors of fewer than two
@@ -244,7 +245,7 @@ class Predictor(nn.Module):
 
     def concat(left: jax.Array, right: jax.Array) -> jax.Array:
       """[B, S, K, ...] and [B, M, T, ...] -> [B, S * K + M * T, ...]."""
-      flat = lambda x: x.reshape(b, -1, *x.shape[3:])
+      flat = lambda x: jax.lax.collapse(x, 1, 3)
       return jnp.concatenate([flat(left), flat(right)], axis=1)
 
     def pair(x: jax.Array) -> jax.Array:

@@ -55,7 +55,8 @@ def layer_norm(
   Returns:
     [..., D], float32, or float64 for float64 x.
   """
-  x = x.astype(at_least_float32(x.dtype))
+  wide = at_least_float32(x.dtype)
+  x, scale, bias = (y.astype(wide) for y in (x, scale, bias))
   x = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.square(x).mean(axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(variance + epsilon) * scale + bias
@@ -86,7 +87,7 @@ def attention(
   )
   weights = jax.nn.softmax(mask_scores(scores, valid)).astype(value.dtype)
   y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-  return y.reshape(*y.shape[:2], -1)
+  return jax.lax.collapse(y, 2)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -121,6 +122,28 @@ class Kernels:
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
   """The type in which sums of numbers of a type are computed."""
   return jnp.promote_types(dtype, jnp.float32)
+
+
+def same_type(*arrays: jax.Array) -> list[jax.Array]:
+  """Arrays in the type of what they are added up to."""
+  dtype = jnp.result_type(*arrays)
+  return [x.astype(dtype) for x in arrays]
+
+
+def vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
+  """Arrays that vary over the same axes, inside of a jax.shard_map.
+
+  A kernel with a backward pass of its own needs that of its arguments: JAX
+  then adds up the gradients of what all devices share. Elsewhere it is nothing.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = set().union(*(varying(x) for x in arrays if x is not None))
+
+  def spread(x: jax.Array | None) -> jax.Array | None:
+    missing = () if x is None else tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return [spread(x) for x in arrays]
 
 
 def split_qkv(

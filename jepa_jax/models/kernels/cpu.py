@@ -38,7 +38,7 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
   # Flat, or XLA transposes operands for the weights' gradient: six blocks'
   # backward pass took 1.6 times as long.
   rows = matmul(x.reshape(-1, x.shape[-1]), kernel) + bias
-  return rows.reshape(*x.shape[:-1], -1)
+  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(
@@ -78,8 +78,8 @@ def map_in_chunks(
     What it returns.
   """
   b = arrays[0].shape[0]
-  most = max(1, _NEAR_BYTES // bytes_each)
-  few = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
+  most = min(b, max(1, _NEAR_BYTES // bytes_each))
+  few = next((n for n in range(most, 0, -1) if b % n == 0), b)
   if few in (1, b):  # one by one costs as much as it saves
     return function(*arrays)
   cut = lambda x: x.reshape(-1, few, *x.shape[1:])
@@ -133,7 +133,6 @@ def head_sums(x: jax.Array, heads: int) -> jax.Array:
 _STEPS = xla.AttentionSteps(map_in_chunks, sum_over_queries, head_sums)
 
 
-@jax.custom_vjp
 def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
@@ -141,6 +140,12 @@ def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   shapes; for the kernel's gradient the narrower of its two sides is transposed
   in memory.
   """
+  rows, kernel = kernels.same_type(rows, kernel)
+  return _matmul(*kernels.vary_alike(rows, kernel))
+
+
+@jax.custom_vjp
+def _matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   return _product(rows, kernel)
 
 
@@ -155,7 +160,7 @@ def _backward(
   return _product(dy, kernel.T), dkernel
 
 
-matmul.defvjp(
+_matmul.defvjp(
   lambda rows, kernel: (_product(rows, kernel), (rows, kernel)), _backward
 )
 

@@ -34,7 +34,7 @@ def attention(
   width = qkv.shape[-1]
   if implementation == "cudnn":
     _check(qkv.dtype, width)
-  query, key, value = kernels.split_qkv(qkv, query)
+  query, key, value = kernels.same_type(*kernels.split_qkv(qkv, query))
   (b, q), n = query.shape[:2], key.shape[1]
   if valid is None and n % 2:
     valid = jnp.ones((b, n), bool)
@@ -53,7 +53,7 @@ def attention(
     scale=width**-0.5,
     implementation=implementation,
   )
-  return y[:, :q, :, :width].reshape(b, q, -1)
+  return jax.lax.collapse(y[:, :q, :, :width], 2)
 
 
 def _filled(x: jax.Array) -> jax.Array:

@@ -31,9 +31,9 @@ def attention(
   A batch that is split over devices needs it per device (jax.shard_map).
   """
   # Flat in memory: a last axis as short as head_dim would be filled up.
-  flat = lambda x: x.reshape(*x.shape[:2], -1)
-  query = None if query is None else flat(query)
-  return _fused(flat(qkv), valid, query, qkv.shape[3])
+  flat = lambda x: jax.lax.collapse(x, 2)
+  arrays = flat(qkv), valid, None if query is None else flat(query)
+  return _fused(*kernels.vary_alike(*arrays), qkv.shape[3])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -135,6 +135,7 @@ def _on_sequences(kernel, arrays, valid, outs, *, products, heads, interpret):
   if valid is not None:
     bias = jnp.where(valid, 0.0, kernels.PADDED).astype(jnp.float32)
     arrays = (*arrays, bias[:, None, :])
+  varying = jax.typeof(arrays[0]).manual_axis_type  # all alike
   # Some sequences a call of the kernel hide what starting it costs.
   most = max(1, _SEQUENCE_BYTES // (n * 3 * width * arrays[0].dtype.itemsize))
   together = next(size for size in range(min(b, most), 0, -1) if b % size == 0)
@@ -144,7 +145,10 @@ def _on_sequences(kernel, arrays, valid, outs, *, products, heads, interpret):
     grid=(b // together,),
     in_specs=[spec(x) for x in arrays],
     out_specs=[spec(x) for x in outs],
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+    out_shape=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+      for x in outs
+    ],
     # What the compiler believes, and with it its estimates.
     cost_estimate=pl.CostEstimate(
       flops=2 * products * b * queries * n * width,

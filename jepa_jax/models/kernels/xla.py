@@ -36,8 +36,6 @@ def _row_sums(x: jax.Array, weights: jax.Array) -> jax.Array:
   return (x * weights).sum(axis=-1)
 
 
-# Kept for the backward pass are its input and two numbers a row.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def norm_rows(
   x: jax.Array,
   scale: jax.Array,
@@ -54,6 +52,14 @@ def norm_rows(
     epsilon: added to the variance.
     row_sums: of [..., D] times weights [D], summed over D.
   """
+  wide = kernels.at_least_float32(x.dtype)
+  arrays = kernels.vary_alike(x, scale.astype(wide), bias.astype(wide))
+  return _norm_rows(*arrays, epsilon, row_sums)
+
+
+# Kept for the backward pass are its input and two numbers a row.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm_rows(x, scale, bias, epsilon, row_sums):
   return _layer_norm_forward(x, scale, bias, epsilon, row_sums)[0]
 
 
@@ -77,15 +83,10 @@ def _layer_norm_backward(epsilon, row_sums, kept, dy):
     dy * scale - average(dy) - normal * average(dscale)
   )
   rows = tuple(range(x.ndim - 1))
-  dscale, dbias = dscale.sum(axis=rows), dy.sum(axis=rows)
-  return (
-    dx.astype(x.dtype),
-    dscale.astype(scale.dtype),
-    dbias.astype(scale.dtype),
-  )
+  return dx.astype(x.dtype), dscale.sum(axis=rows), dy.sum(axis=rows)
 
 
-norm_rows.defvjp(_layer_norm_forward, _layer_norm_backward)
+_norm_rows.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class AttentionSteps(NamedTuple):
@@ -106,7 +107,9 @@ class AttentionSteps(NamedTuple):
 _STEPS = AttentionSteps(
   in_chunks=lambda f, bytes_each, *arrays: f(*arrays),
   sum_over_queries=lambda scores, x: scores.swapaxes(-1, -2) @ x,
-  head_sums=lambda x, heads: x.reshape(*x.shape[:-1], heads, -1).sum(axis=-1),
+  head_sums=lambda x, heads: x.reshape(
+    *x.shape[:-1], heads, x.shape[-1] // heads
+  ).sum(axis=-1),
 )
 
 
@@ -119,11 +122,6 @@ def attention(
   return attend(qkv, valid, query, _STEPS)
 
 
-# Kept for the backward pass are arrays that are there already, and the
-# attention weights, not yet divided by their sums, in the type in which they
-# met the values: left to itself, JAX keeps these in float32 besides, and
-# queries, keys and values with a last axis so short that a TPU fills it up.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(
   qkv: jax.Array,
   valid: jax.Array | None,
@@ -131,6 +129,22 @@ def attend(
   steps: AttentionSteps,
 ) -> jax.Array:
   """Attention in steps of a backend's own; see kernels.attention."""
+  if query is not None:
+    qkv, query = kernels.same_type(qkv, query)
+  return _attend(*kernels.vary_alike(qkv, valid, query), steps)
+
+
+# Kept for the backward pass are arrays that are there already, and the
+# attention weights, not yet divided by their sums, in the type in which they
+# met the values: left to itself, JAX keeps these in float32 besides, and
+# queries, keys and values with a last axis so short that a TPU fills it up.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(
+  qkv: jax.Array,
+  valid: jax.Array | None,
+  query: jax.Array | None,
+  steps: AttentionSteps,
+) -> jax.Array:
   return _attend_forward(qkv, valid, query, steps)[0]
 
 
@@ -156,7 +170,7 @@ def _attend_backward(
   return dqkv, None, dquery
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _score_bytes(qkv: jax.Array, query: jax.Array | None) -> int:
@@ -189,7 +203,7 @@ def _outputs(
   weights = weights.astype(value.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=wide)
   y = (y * share).astype(value.dtype).transpose(0, 2, 1, 3)
-  return y.reshape(*y.shape[:2], -1), weights, share
+  return jax.lax.collapse(y, 2), weights, share
 
 
 def _gradients(
