@@ -32,13 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import convert, models
-from jepa_jax.convert import hugging_face, runs, table
+from jepa_jax.convert import formats, hub, hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.models import patches
 from jepa_jax.models.kernels import cpu
 
-EXPORTED = "encoder.stablehlo"
-EXPORTED_WEIGHTS = "encoder.npz"
 # For a forward pass in float32, XLA's own products and plain sums need 7 to 20
 # percent less CPU time than its fused kernels and sums in trees. (For training
 # the fused kernels are the faster ones.)
@@ -253,7 +251,7 @@ class Pretrained:
       ValueError: the folder has such files, or the image size does not fit.
     """
     folder = pathlib.Path(folder)
-    for name in (EXPORTED, EXPORTED_WEIGHTS):
+    for name in (formats.EXPORTED, formats.EXPORTED_WEIGHTS):
       if (folder / name).exists():
         raise ValueError(f"{folder / name} exists; name another folder.")
     height, width = image_size or self.preprocessing.image_size
@@ -274,9 +272,10 @@ class Pretrained:
       jax.ShapeDtypeStruct((batch, height, width, channels), jnp.uint8),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EXPORTED).write_bytes(exported.serialize())
+    (folder / formats.EXPORTED).write_bytes(exported.serialize())
     np.savez(
-      folder / EXPORTED_WEIGHTS, **{k: np.asarray(x) for k, x in flat.items()}
+      folder / formats.EXPORTED_WEIGHTS,
+      **{k: np.asarray(x) for k, x in flat.items()},
     )
 
   def _spread(self, which: str, images: Any) -> tuple[table.Params, Any]:
@@ -325,7 +324,8 @@ def load(
 
   Args:
     path: a run's workdir or workdir/checkpoints/STEP, or what jepa_jax.convert
-      reads: *.npz, *.safetensors, *.pth.tar, a Hugging Face folder.
+      reads: *.npz, *.safetensors, *.pth.tar, a Hugging Face folder, or the
+      name of a model on its hub, such as "facebook/ijepa_vith14_1k".
     which: encoder to choose, "target" or "context"; None for the one that is
       evaluated: the target encoder, or the context encoder where there is no
       other: of a run without a moving average, and, with a warning, of
@@ -352,7 +352,7 @@ def load(
     which = "target" if "target" in weights.networks else "context"
     source = pathlib.Path(path)
     as_usual = runs.workdir_of(source) or hugging_face.is_folder(source)
-    if which == "context" and not as_usual:
+    if which == "context" and source.exists() and not as_usual:
       logging.warning("%s has no target encoder: using the context's", path)
   weights.only(which)  # ValueError where there is none
   compute = dict(dtype=jnp.dtype(dtype), scan=scan)
@@ -371,6 +371,31 @@ def load(
     networks=networks,
     predictor=weights.module("predictor", **compute) if has_predictor else None,
   )
+
+
+def push_to_hub(
+  path: str | os.PathLike[str],
+  repo: str,
+  which: str | None = None,
+  *,
+  private: bool = False,
+) -> str:
+  """Uploads one encoder, as transformers reads it, with a model card.
+
+  Args:
+    path: what `load` reads.
+    repo: "owner/name" of the Hugging Face hub; is made where there is none.
+    which: "target" or "context"; None for the one that is evaluated.
+    private: of a new one, that its owner alone sees it.
+
+  Returns:
+    Its address.
+
+  Raises:
+    ValueError: wrong weights or name, huggingface_hub is not installed, or the
+      hub refuses.
+  """
+  return hub.push(convert.read(path, which), repo, private=private)
 
 
 def _features(module, preprocessing, layers, pool, unit_range, params, images):

@@ -197,6 +197,7 @@ def _first_state(program: Any, checkpoints: Any, workdir: pathlib.Path) -> Any:
       config.init_from,
       which=config.init_which,
       strict=config.init_strict,
+      networks=program.objective.networks,
     )
   return state
 

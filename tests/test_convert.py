@@ -51,11 +51,13 @@ def make(
   return weights
 
 
+def same_arrays(one, other):
+  return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
 def assert_same(one, other):
   assert jax.tree.structure(one.networks) == jax.tree.structure(other.networks)
-  assert jax.tree.all(
-    jax.tree.map(np.array_equal, one.networks, other.networks)
-  )
+  assert same_arrays(one.networks, other.networks)
   assert one.describe() == other.describe()
 
 
@@ -205,6 +207,30 @@ def test_all_wrong_keys_are_listed_and_nothing_is_written(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
+def test_a_classifier_gives_its_encoder_and_says_what_is_left(tmp_path, caplog):
+  def change(arrays):
+    for key in list(arrays):
+      arrays[f"ijepa.{key}"] = arrays.pop(key)
+    arrays["classifier.weight"] = np.zeros((2, 28), np.float32)
+    arrays["classifier.bias"] = np.zeros(2, np.float32)
+
+  architectures = ["IJepaForImageClassification"]
+  folder = hugging_face_folder(tmp_path, change, architectures=architectures)
+  found = convert.read(folder)
+  assert same_arrays(
+    found.networks["context"], make("target").networks["target"]
+  )
+  assert "left out: classifier.bias, classifier.weight" in caplog.text
+
+
+def test_other_heads_than_a_file_has_are_refused(tmp_path):
+  convert.write(make("target", "predictor"), tmp_path / "e.npz")
+  with pytest.raises(ValueError, match="4 heads were asked.*settings have 7"):
+    convert.read(tmp_path / "e.npz", num_heads=4)
+  with pytest.raises(ValueError, match="4 heads were asked.*settings have 3"):
+    convert.read(tmp_path / "e.npz", num_heads=7, predictor_heads=4)
+
+
 @pytest.mark.parametrize(
   ("config", "message"),
   [
@@ -214,6 +240,19 @@ def test_all_wrong_keys_are_listed_and_nothing_is_written(tmp_path):
     (dict(patch_size=[4, 2]), "not square"),
     (dict(num_hidden_layers=4), "missing: encoder.layer.3"),
     (dict(hidden_size="x"), "config.json"),
+    (dict(hidden_size=2**30), "encoder.width is 1073741824"),
+    (dict(num_hidden_layers=10**8), "encoder.depth is 100000000"),
+    (dict(image_size=8_000_000), r"image_size\[0\] is 8000000"),
+    (dict(image_size=[16_384, 4096]), "4194304 patches"),
+    (dict(image_size=[12, 20, 28]), "config.json"),
+    (dict(image_size=2**61 - 1), "not a multiple of patch size 4"),
+    (dict(num_attention_heads=0), "encoder.num_heads is 0"),
+    (dict(num_attention_heads=5), "not a multiple of 5 heads"),
+    (dict(patch_size=0), "patch size 0"),
+    (dict(layer_norm_eps=float("nan")), "encoder.norm_epsilon is nan"),
+    (dict(num_channels=10**9), "channels is 1000000000"),
+    (dict(num_channels=1), "a value for each of its channels"),
+    (dict(jepa_jax_encoder=["target"]), "which is no encoder"),
   ],
 )
 def test_foreign_settings_are_refused(config, message, tmp_path):

@@ -1,5 +1,6 @@
 """The library: load, encode, predict, warm-start, bridge, export."""
 
+import functools
 import json
 import os
 import shutil
@@ -477,6 +478,9 @@ def test_an_exported_encoder_needs_nothing_of_ours(model, images, tmp_path):
   )
   with pytest.raises(ValueError, match="exists"):
     model.export(tmp_path / "out")
+  for name in ("out", "out/encoder.stablehlo", "out/encoder.npz"):
+    with pytest.raises(ValueError, match="read it by jax.export.deserialize"):
+      jepa_jax.load(tmp_path / name)
 
 
 def test_two_devices_share_the_images(exported):
@@ -552,6 +556,24 @@ def test_warm_start_puts_networks_in_their_places(which, fresh, tmp_path):
   ):
     assert (leaf.shape, leaf.dtype) == (spec.shape, spec.dtype)
     assert leaf.sharding.is_equivalent_to(spec.sharding, leaf.ndim)
+
+
+def test_weights_with_other_heads_are_refused(fresh, tmp_path, caplog):
+  """Their shapes are the same, and what they compute is not."""
+  built, state = fresh
+  networks = built.objective.networks
+  convert.write(start_weights("target", num_heads=4), tmp_path / "w.npz")
+  start = functools.partial(
+    jepa_jax.warm_start, state, tmp_path / "w.npz", networks=networks
+  )
+  with pytest.raises(ValueError, match="attention has 4 heads.* network's 7"):
+    start()
+  kept = start(strict=False)
+  assert "leaves as it was" in caplog.text and "4 heads" in caplog.text
+  assert same(state.params["encoder"], kept.params["encoder"])
+  convert.write(start_weights("target"), tmp_path / "same.npz")
+  warm = jepa_jax.warm_start(state, tmp_path / "same.npz", networks=networks)
+  assert not same(state.params["encoder"], warm.params["encoder"])
 
 
 def test_warm_start_is_strict_unless_told(fresh, tmp_path, caplog):

@@ -4,6 +4,8 @@
     python -m jepa_jax.convert ijepa_vith14_1k/ encoder.safetensors
     python -m jepa_jax.convert workdir/ hugging_face_folder/
     python -m jepa_jax.convert encoder.npz encoder_448.npz --image_size 448
+    python -m jepa_jax.convert facebook/ijepa_vith14_1k encoder.npz
+    python -m jepa_jax.convert workdir/ OWNER/NAME --push
 
 The format follows from the path:
 
@@ -12,6 +14,8 @@ The format follows from the path:
     *.pth.tar, *.pth, *.pt   a checkpoint of the released code; needs torch
     a folder                 of a run (config.json, checkpoints/), or a Hugging
                              Face IJepaModel (config.json, *.safetensors)
+    OWNER/NAME               such a folder on the Hugging Face hub; needs the
+                             extra "hub"
 
 A conversion is strict: all missing, extra and misshapen keys are listed, and
 then nothing is written. There and back gives the very same bits, where the
@@ -78,6 +82,17 @@ def parser() -> argparse.ArgumentParser:
     default="",
     help='of the keys of a released checkpoint; its training needs "module."',
   )
+  flags.add_argument(
+    "--push",
+    action="store_true",
+    help="upload to the model OWNER/NAME that the destination names, with a "
+    "model card",
+  )
+  flags.add_argument(
+    "--private",
+    action="store_true",
+    help="with --push: a new model is seen by its owner alone",
+  )
   return flags
 
 
@@ -86,6 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
   import jax
 
   from jepa_jax import convert
+  from jepa_jax.convert import hub
 
   source = pathlib.Path(arguments.source)
   weights = convert.read(
@@ -100,10 +116,14 @@ def main(arguments: argparse.Namespace) -> int:
     if len(size) > 2:
       raise ValueError(f"--image_size takes one or two numbers, not {size}.")
     weights = convert.resize(weights, (size[0], size[-1]), arguments.positions)
-  convert.write(weights, arguments.destination, prefix=arguments.prefix)
+  destination = arguments.destination
+  if arguments.push:
+    destination = hub.push(weights, destination, private=arguments.private)
+  else:
+    convert.write(weights, destination, prefix=arguments.prefix)
   count = sum(x.size for x in jax.tree.leaves(weights.networks))
   print(
-    f"{source} -> {arguments.destination}: {', '.join(weights.networks)}; "
+    f"{source} -> {destination}: {', '.join(weights.networks)}; "
     f"{count / 1e6:.1f} M parameters",
     file=sys.stderr,
   )

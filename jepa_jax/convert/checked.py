@@ -2,13 +2,53 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-from typing import Any
+import math
+import pathlib
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import safetensors
 
 from jepa_jax.convert import positions, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
+
+# A model of 256 blocks has a header of about half a megabyte.
+_MOST_HEADER_BYTES = 2**24
+
+
+class Opened(NamedTuple):
+  """A file of arrays, none of which is read yet.
+
+  Attributes:
+    config: text of its settings; "" where it has none.
+    shapes: of its arrays.
+    read: name of an array -> the array.
+  """
+
+  config: str
+  shapes: dict[str, tuple[int, ...]]
+  read: Callable[[str], np.ndarray]
+
+
+@contextlib.contextmanager
+def open_safetensors(path: pathlib.Path) -> Iterator[Opened]:
+  """Opens a file whose header is of a model's size; see `readable`."""
+  with path.open("rb") as file:
+    promised = int.from_bytes(file.read(8), "little")
+  if promised > (most := min(_MOST_HEADER_BYTES, path.stat().st_size)):
+    raise ValueError(
+      f"it is damaged or something else: its header promises {promised} bytes, "
+      f"more than the {most} that it can have"
+    )
+  # The library holds every array to the bytes that the file has for it.
+  with safetensors.safe_open(path, framework="numpy") as file:
+    shapes = {
+      key: tuple(file.get_slice(key).get_shape()) for key in file.keys()
+    }
+    config = (file.metadata() or {}).get("config", "")
+    yield Opened(config, shapes, file.get_tensor)
 
 
 @contextlib.contextmanager
@@ -61,10 +101,13 @@ def from_foreign(
   Raises:
     ValueError: lists all missing, extra and misshapen keys.
   """
+  weights_lib.check_settings(found)
   problems = []
   for name, rows in tables.items():
     # Zeros without memory, in the shapes that the settings give.
-    empty = _broadcast(weights_lib.abstract(found, name))
+    shape = math.prod(found.grid), found.width(name)
+    empty = {"positions": jax.ShapeDtypeStruct(shape, np.float32)}
+    empty = _broadcast(empty | weights_lib.abstract(found, name))
     zeros = Weights(
       networks={name: empty},
       encoder=found.encoder,

@@ -8,19 +8,32 @@ a folder                 of a run (config.json, checkpoints/), or a Hugging
                          Face IJepaModel (config.json, *.safetensors)
 """
 
-import json
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import math
 import os
 import pathlib
 import tempfile
+from typing import Any
+import zipfile
 
 from flax import traverse_util
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from jepa_jax.convert import checked, hugging_face, released, runs
+from jepa_jax.convert import checked, hub, hugging_face, released, runs, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
+
+# What Pretrained.export writes.
+EXPORTED = "encoder.stablehlo"
+EXPORTED_WEIGHTS = "encoder.npz"
+_STABLEHLO_IS = (
+  "what export writes for processes without this project, which read it by "
+  "jax.export.deserialize; to load weights here, write them with python -m "
+  "jepa_jax.convert."
+)
 
 
 def read(
@@ -57,8 +70,12 @@ def read(
   if which not in (None, *known):
     raise ValueError(f'unknown which "{which}"; known: {", ".join(known)}.')
   if not path.exists():
-    raise ValueError(f"there is no file or folder {path}.")
+    if not hub.is_name(path):
+      raise ValueError(f"there is no file or folder {path}.")
+    path = hub.download(str(path))
   try:
+    if path.name == EXPORTED or (path / EXPORTED).exists():
+      raise ValueError(f"it is {_STABLEHLO_IS}")
     if path.is_dir() and runs.workdir_of(path):
       found = runs.read(path, which, step)
       which = which or "all"
@@ -72,11 +89,22 @@ def read(
       found = _read_export(path)
     else:
       raise ValueError(_unknown_format(path))
+    _check_heads(found, num_heads, predictor_heads)
     return found.only(which or "target")
   except ValueError as error:
     if str(path) in str(error):
       raise
     raise ValueError(f"{path}: {error}") from None
+
+
+def _check_heads(weights: Weights, *given: int) -> None:
+  """Refuses another number of heads than a file says it has."""
+  for settings, heads in zip((weights.encoder, weights.predictor), given):
+    if settings and heads and heads != settings["num_heads"]:
+      raise ValueError(
+        f"{heads} heads were asked for, and its settings have "
+        f"{settings['num_heads']}; leave out the number."
+      )
 
 
 def write(
@@ -127,36 +155,66 @@ def _unknown_format(path: pathlib.Path) -> str:
 
 
 def _read_export(path: pathlib.Path) -> Weights:
-  with checked.readable(f"an export ({path.suffix})"):
-    if path.suffix == ".npz":
-      with np.load(path, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in archive.files}
-      text = str(arrays.pop("config", ""))
-    else:
-      with safetensors.safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get("config", "")
-        arrays = (
-          {key: file.get_tensor(key) for key in file.keys()} if text else {}
-        )
-  if not text:
-    raise ValueError(
-      'it is no export of this project: it has no "config"; of Hugging '
-      "Face weights give the folder."
-    )
+  open_file = _open_npz if path.suffix == ".npz" else checked.open_safetensors
+  with checked.readable(f"an export ({path.suffix})"), open_file(path) as file:
+    if not file.config:
+      raise ValueError(_no_export(file.shapes))
+    found = weights_lib.from_description(file.config)
+    # All shapes, before memory is taken for any array.
+    if problems := table.missing_and_extra(file.shapes, found.needed()):
+      raise ValueError(problems)
+    arrays = {
+      key: np.asarray(file.read(key), np.float32) for key in file.shapes
+    }
   networks = traverse_util.unflatten_dict(arrays, sep="/")
-  found = weights_lib.from_description(text)
-  settings = json.loads(text)
-  absent = {name: {} for name in settings["networks"] if name not in networks}
-  unknown = networks.keys() - {*weights_lib.ENCODERS, "predictor"}
-  if unknown:
-    raise ValueError(
-      f"unknown networks: {', '.join(sorted(unknown))}; known: target, "
-      "context, predictor"
-    )
-  found.networks.update(networks, **absent)
-  if problems := found.problems():
-    raise ValueError(problems)
-  return found
+  return dataclasses.replace(found, networks=networks)
+
+
+def _no_export(shapes: Mapping[str, Any]) -> str:
+  if any(key.startswith("encoder/") for key in shapes):
+    return f"it is {_STABLEHLO_IS}"
+  return (
+    'it is no export of this project: it has no "config"; of Hugging Face '
+    "weights give the folder."
+  )
+
+
+@contextlib.contextmanager
+def _open_npz(path: pathlib.Path) -> Iterator[checked.Opened]:
+  with np.load(path, allow_pickle=False) as archive:
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+      raise ValueError("it is no archive of arrays")
+    shapes, promised = {}, 0
+    for key in archive.files:
+      shapes[key], size = _npy_header(archive.zip, key)
+      promised += size
+    # Random numbers do not compress; an archive bomb promises a thousandfold.
+    if promised > (most := 20 * path.stat().st_size):
+      raise ValueError(
+        f"it promises {promised} bytes of arrays, more than the {most} that "
+        "such a file can hold"
+      )
+    config = str(archive["config"]) if "config" in shapes else ""
+    shapes.pop("config", None)
+    yield checked.Opened(config, shapes, archive.__getitem__)
+
+
+def _npy_header(
+  archive: zipfile.ZipFile, key: str
+) -> tuple[tuple[int, ...], int]:
+  """Shape and bytes of an array, as it says and as its archive says."""
+  name = key if key in archive.namelist() else f"{key}.npy"
+  with archive.open(name) as file:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+      raise ValueError(f"{key} is an array of version {version}")
+    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, _, dtype = read(file)
+  size = math.prod(shape) * dtype.itemsize
+  held = archive.getinfo(name).file_size
+  if size > held:
+    raise ValueError(f"{key} promises {size} bytes and has {held}")
+  return shape, size
 
 
 def _write_export(weights: Weights, path: pathlib.Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import logging
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from jepa_jax import models
@@ -47,18 +46,20 @@ def read(folder: pathlib.Path, which: str) -> Weights:
       "code, are not read"
     )
   with checked.readable("a Hugging Face config.json"):
-    settings = json.loads(config.read_text())
+    settings = weights_lib.read_json(config)
     found = _hugging_face_settings(settings)
   preprocessor = folder / "preprocessor_config.json"
   if preprocessor.is_file():
     with checked.readable("a preprocessor_config.json"):
-      images = json.loads(preprocessor.read_text())
+      images = weights_lib.read_json(preprocessor)
       found = dataclasses.replace(
         found,
         mean=tuple(images.get("image_mean", weights_lib.MEAN)),
         std=tuple(images.get("image_std", weights_lib.STD)),
       )
   name = settings.get("jepa_jax_encoder")
+  if name not in (None, *weights_lib.ENCODERS):
+    raise ValueError(f"its jepa_jax_encoder is {name!r}, which is no encoder")
   if name is None:
     name = "context" if which == "all" else which
     logging.warning(
@@ -71,12 +72,11 @@ def read(folder: pathlib.Path, which: str) -> Weights:
   with contextlib.ExitStack() as stack, checked.readable("safetensors"):
     source, shapes = {}, {}
     for file in files:
-      opened = stack.enter_context(
-        safetensors.safe_open(file, framework="numpy")
-      )
-      for key in opened.keys():
-        source[key] = functools.partial(opened.get_tensor, key)
-        shapes[key] = tuple(opened.get_slice(key).get_shape())
+      opened = stack.enter_context(checked.open_safetensors(file))
+      for key in opened.shapes:
+        source[key] = functools.partial(opened.read, key)
+      shapes |= opened.shapes
+    source, shapes = (_without_head(x, folder) for x in (source, shapes))
     return checked.from_foreign(
       found,
       {name: table.HUGGING_FACE_ENCODER},
@@ -84,6 +84,24 @@ def read(folder: pathlib.Path, which: str) -> Weights:
       {name: shapes},
       {name: ""},
     )
+
+
+def _without_head(
+  arrays: dict[str, Any], folder: pathlib.Path
+) -> dict[str, Any]:
+  """What IJepaModel has of the arrays of an IJepaForImageClassification."""
+  prefix = "ijepa."
+  if not any(key.startswith(prefix) for key in arrays):
+    return arrays
+  head = [key for key in arrays if key.startswith("classifier.")]
+  logging.warning(
+    "%s holds a classifier; its encoder is read, and of its head left out: %s",
+    folder,
+    ", ".join(sorted(head)) or "nothing",
+  )
+  return {
+    key.removeprefix(prefix): x for key, x in arrays.items() if key not in head
+  }
 
 
 def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:

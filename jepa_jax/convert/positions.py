@@ -18,8 +18,7 @@ def with_positions(weights: Weights, name: str) -> table.Params:
   params = weights.networks[name]
   if "positions" in params:
     return params
-  kind = weights.predictor if name == "predictor" else weights.encoder
-  positions = models.sincos_positions(weights.grid, kind["width"])
+  positions = models.sincos_positions(weights.grid, weights.width(name))
   return {**params, "positions": positions}
 
 

@@ -8,6 +8,7 @@ import codecs
 import collections
 from collections.abc import Callable, Mapping
 import functools
+import math
 import pathlib
 import re
 from typing import Any
@@ -100,6 +101,11 @@ def read(
     if _NETWORKS[name] in keys
     and isinstance(checkpoint[_NETWORKS[name]], Mapping)
   }
+  promised = sum(math.prod(s) for x in shapes.values() for s in x.values())
+  if promised > (size := path.stat().st_size):
+    raise ValueError(
+      f"it promises {promised} numbers, more than its {size} bytes can hold"
+    )
   if not shapes.keys() - {"predictor"}:
     raise ValueError(
       f'it has no "{_NETWORKS.get(which, "target_encoder")}"; its keys: '

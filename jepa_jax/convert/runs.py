@@ -47,7 +47,11 @@ def read(path: pathlib.Path, which: str | None, step: int | None) -> Weights:
   config = workdir / "config.json"
   if not config.is_file():
     raise ValueError(f"there is no {config}")
-  found = weights_lib.from_config(config_lib.read(config))
+  with checked.readable("a config.json"):
+    weights_lib.read_json(config)  # ValueError where it is too long
+    settings = config_lib.read(config)
+    config_lib.check(settings)
+  found = weights_lib.from_config(settings)
   places, restored = _read_newest(
     _checkpoints(path, workdir, step), which, found.predictor is not None
   )

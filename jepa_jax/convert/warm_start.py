@@ -1,5 +1,6 @@
 """Starts training from weights instead of from random numbers."""
 
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ def warm_start(
   *,
   which: str | None = None,
   strict: bool = True,
+  networks: Mapping[str, Any] | None = None,
 ) -> program_lib.TrainState:
   """Puts weights in the place of a state's random ones.
 
@@ -31,6 +33,8 @@ def warm_start(
       their own places.
     strict: False leaves what the weights lack, or have in another shape, as it
       is, and says so in the log.
+    networks: the objective's; weights with another number of attention heads,
+      which shapes do not show, then do not fit.
 
   Returns:
     The state with those parameters, laid out as before.
@@ -47,14 +51,17 @@ def warm_start(
     for part in ("params", "target_params", "frozen")
   }
   problems = []
-  for part, networks in parts.items():
-    for name, old in networks.items():
+  for part, present in parts.items():
+    for name, old in present.items():
       if (source := _source(part, name, which)) is None:
         continue
       if source not in weights.networks:
         problems.append(f'{path} has no "{source}" network')
         continue
-      networks[name], different = _replace(old, _without_fixed(weights, source))
+      different = _other_heads(weights, source, (networks or {}).get(name))
+      if not different:
+        new = _without_fixed(weights, source)
+        parts[part][name], different = _replace(old, new)
       if different:
         problems.append(f"{source}: {different}")
   if problems and strict:
@@ -65,6 +72,17 @@ def warm_start(
   for problem in problems:
     logging.warning("warm start leaves as it was: %s", problem)
   return state.replace(**parts)
+
+
+def _other_heads(weights: weights_lib.Weights, name: str, network: Any) -> str:
+  """What is wrong with the heads of weights for a network; "" for nothing."""
+  needed = getattr(network, "num_heads", None)
+  has = (weights.predictor if name == "predictor" else weights.encoder)[
+    "num_heads"
+  ]
+  if needed in (None, has):
+    return ""
+  return f"its attention has {has} heads, and the network's {needed}"
 
 
 def _source(part: str, name: str, which: str) -> str | None:

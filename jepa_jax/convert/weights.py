@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jepa_jax import models, objectives
+from jepa_jax import config_table, keys, models, objectives
 from jepa_jax.convert import table
 
 ENCODERS = ("target", "context")
@@ -15,11 +17,27 @@ ENCODERS = ("target", "context")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+# What a settings file may hold at most; one of a model has a few kilobytes.
+_MOST_BYTES = 2**24
+
 _ENCODER_KEYS = (
     "width", "depth", "num_heads", "patch_size", "mlp_ratio", "norm_epsilon",
     "position_grid",
 )  # fmt: skip
 _PREDICTOR_KEYS = ("width", "depth", "num_heads", "mlp_ratio", "output_width")
+_OPTIONAL = ("output_width",)
+_IMAGE_KEYS = ("image_size", "channels", "mean", "std")
+# What settings may be, beside those that are keys of a config.
+_SIDE = config_table.KEYS["data.image_size"].kind
+_KINDS = {
+  "image_size": keys.Group((_SIDE, _SIDE)),
+  "encoder.position_grid": keys.Group((_SIDE, _SIDE)),
+  "encoder.norm_epsilon": keys.number(0.0, 1.0),
+  "predictor.output_width": keys.whole(1, 2**20),
+  "channels": config_table.KEYS["data.channels"].kind,
+  "mean": config_table.KEYS["data.mean"].kind,
+  "std": config_table.KEYS["data.std"].kind,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +68,10 @@ class Weights:
   def grid(self) -> tuple[int, int]:
     """(h, w) in patches."""
     return models.patch_grid(*self.image_size, self.encoder["patch_size"])
+
+  def width(self, name: str) -> int:
+    """Width of the network of a name."""
+    return (self.predictor if name == "predictor" else self.encoder)["width"]
 
   @property
   def output_width(self) -> int:
@@ -87,16 +109,61 @@ class Weights:
 
   def problems(self) -> str:
     """What is missing, extra or misshapen; "" for nothing."""
-    needed = {}
-    for name in self.networks:
-      needed |= flatten(name, abstract(self, name))
     given = {}
     for name, tree in self.networks.items():
       given |= flatten(name, tree)
-    return table.missing_and_extra(
-      {key: x.shape for key, x in given.items()},
-      {key: x.shape for key, x in needed.items()},
+    shapes = {key: x.shape for key, x in given.items()}
+    return table.missing_and_extra(shapes, self.needed())
+
+  def needed(self) -> dict[str, tuple[int, ...]]:
+    """Path of each parameter of the networks -> its shape."""
+    shapes = {}
+    for name in self.networks:
+      for key, x in flatten(name, abstract(self, name)).items():
+        shapes[key] = x.shape
+    return shapes
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What a settings file says; ValueError if it is too long to be one."""
+  if (size := path.stat().st_size) > _MOST_BYTES:
+    raise ValueError(
+      f"{path.name} has {size} bytes; settings need fewer than {_MOST_BYTES}"
     )
+  return json.loads(path.read_text())
+
+
+def check_settings(weights: Weights) -> None:
+  """Refuses settings that no network has, before anything is made of them.
+
+  Raises:
+    ValueError: one line that names the setting.
+  """
+  values = {name: getattr(weights, name) for name in _IMAGE_KEYS}
+  for part, needed in (
+    ("encoder", _ENCODER_KEYS),
+    ("predictor", _PREDICTOR_KEYS),
+  ):
+    settings = getattr(weights, part)
+    if settings is None and part == "predictor":
+      continue
+    if missing := [key for key in needed if key not in {*settings, *_OPTIONAL}]:
+      raise ValueError(f"its {part} lacks {', '.join(missing)}")
+    for key in settings:
+      keys.choose(f"setting of its {part}", key, needed)
+    values |= {f"{part}.{key}": value for key, value in settings.items()}
+  for name, value in values.items():
+    kind = _KINDS.get(name) or config_table.KEYS[name].kind
+    if name != "encoder.position_grid" or value is not None:
+      kind.check(name, value)
+  if len({weights.channels, len(weights.mean), len(weights.std)}) > 1:
+    raise ValueError("mean and std need a value for each of its channels")
+  patches, most = math.prod(weights.grid), config_table.MOST_PATCHES
+  if patches > most:
+    raise ValueError(f"its images have {patches} patches, more than {most}")
+  grid = weights.encoder["position_grid"]
+  if grid is not None and tuple(grid) != weights.grid:
+    raise ValueError(f"position_grid is {grid}, and its images' {weights.grid}")
 
 
 def flatten(prefix: str, tree: Any) -> dict[str, Any]:
@@ -109,21 +176,27 @@ def flatten(prefix: str, tree: Any) -> dict[str, Any]:
 
 
 def from_description(text: str) -> Weights:
-  """Weights without networks from what `describe` returned.
+  """Weights from what `describe` returned, whose networks are still empty.
 
   Raises:
-    ValueError: the text is something else.
+    ValueError: the text is something else, or describes no network.
   """
   try:
     settings = json.loads(text)
-    settings.pop("networks")
+    names = [str(name) for name in settings.pop("networks")]
     for key in ("image_size", "mean", "std"):
       settings[key] = tuple(settings[key])
     grid = settings["encoder"]["position_grid"]
     settings["encoder"]["position_grid"] = tuple(grid) if grid else None
-    return Weights(networks={}, **settings)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    found = Weights(networks={name: {} for name in names}, **settings)
+    check_settings(found)
+  except (
+    *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
+  ) as error:
     raise ValueError(f"its settings cannot be read ({error!r})") from None
+  for name in names:
+    keys.choose("network", name, (*ENCODERS, "predictor"))
+  return found
 
 
 def from_config(config: Any) -> Weights:
@@ -158,19 +231,22 @@ def from_config(config: Any) -> Weights:
 
 
 def abstract(weights: Weights, name: str) -> table.Params:
-  """The tree that a network needs, of jax.ShapeDtypeStruct."""
-  module = weights.module(name)
+  """The tree that a network needs, of jax.ShapeDtypeStruct; nothing is made."""
   rng = jax.random.key(0)
   if name == "predictor":
+    module = weights.module(name)
     ids = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
     context = jax.ShapeDtypeStruct(
       (1, 1, 1, weights.encoder["width"]), jnp.float32
     )
-    init = lambda *args: module.init(rng, *args, weights.grid)
+    init = lambda *args: module.init(rng, *args, (1, 1))
     return jax.eval_shape(init, context, ids, ids)["params"]
-  grid = weights.encoder["position_grid"] or (1, 1)
-  side = weights.encoder["patch_size"]
-  images = jax.ShapeDtypeStruct(
-    (1, grid[0] * side, grid[1] * side, weights.channels), jnp.float32
-  )
-  return jax.eval_shape(lambda x: module.init(rng, x), images)["params"]
+  # Stored positions would be computed, for their shape alone.
+  module = weights.module(name).clone(position_grid=None)
+  side, grid = module.patch_size, weights.encoder["position_grid"]
+  images = jax.ShapeDtypeStruct((1, side, side, weights.channels), jnp.float32)
+  params = jax.eval_shape(lambda x: module.init(rng, x), images)["params"]
+  if grid is None:
+    return params
+  shape = (math.prod(grid), module.width)
+  return {**params, "positions": jax.ShapeDtypeStruct(shape, jnp.float32)}

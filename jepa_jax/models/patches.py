@@ -41,7 +41,8 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
   """
   for side in (height, width):
     if patch_size < 1 or side % patch_size:
-      divisors = [p for p in range(2, side + 1) if side % p == 0]
+      most = min(side, 4096)  # an image may be said to be of any size
+      divisors = [p for p in range(2, most + 1) if side % p == 0]
       nearest = sorted(divisors, key=lambda p: abs(p - patch_size))[:2]
       raise ValueError(
         f"image size {side} is not a multiple of patch size {patch_size}; "
