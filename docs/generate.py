@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULES = (
   "jepa_jax.pretrained",
   "jepa_jax.convert",
+  "jepa_jax.convert.push",
   "jepa_jax.convert.warm_start",
   "jepa_jax.models",
   "jepa_jax.models.kernels",

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _LAZY = {
   "Pretrained": "jepa_jax.pretrained",
   "load": "jepa_jax.pretrained",
-  "push_to_hub": "jepa_jax.pretrained",
+  "push_to_hub": "jepa_jax.convert.push",
   "warm_start": "jepa_jax.convert.warm_start",
 }
 

@@ -350,7 +350,8 @@ def _check_heads(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def _check_patches(config: ml_collections.ConfigDict) -> None:
+def check_patches(config: ml_collections.ConfigDict) -> None:
+  """Refuses images of more patches than masks can be drawn for."""
   size, patch_size = config.data.image_size, config.encoder.patch_size
   height, width = size if isinstance(size, (list, tuple)) else (size, size)
   count = (height // patch_size) * (width // patch_size)
@@ -372,7 +373,7 @@ _RELATIONS = (
   _check_channels,
   _check_batch,
   _check_heads,
-  _check_patches,
+  check_patches,
   _check_lengths,
 )
 

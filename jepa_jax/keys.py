@@ -400,7 +400,7 @@ def flag(kind: Kind, name: str) -> Callable[[str], Any]:
 
 
 def _refusal(name: str, value: Any, kind: Kind) -> ValueError:
-  shown = repr(value)
+  shown = " ".join(repr(value).split())  # a ConfigDict's has lines
   if len(shown) > _SHOWN:
     shown = shown[: _SHOWN - 4] + " ..."
   return ValueError(f"{name} is {shown}; it needs {kind}.")

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import convert, models
-from jepa_jax.convert import formats, hub, hugging_face, runs, table
+from jepa_jax.convert import formats, hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.models import patches
 from jepa_jax.models.kernels import cpu
@@ -371,31 +371,6 @@ def load(
     networks=networks,
     predictor=weights.module("predictor", **compute) if has_predictor else None,
   )
-
-
-def push_to_hub(
-  path: str | os.PathLike[str],
-  repo: str,
-  which: str | None = None,
-  *,
-  private: bool = False,
-) -> str:
-  """Uploads one encoder, as transformers reads it, with a model card.
-
-  Args:
-    path: what `load` reads.
-    repo: "owner/name" of the Hugging Face hub; is made where there is none.
-    which: "target" or "context"; None for the one that is evaluated.
-    private: of a new one, that its owner alone sees it.
-
-  Returns:
-    Its address.
-
-  Raises:
-    ValueError: wrong weights or name, huggingface_hub is not installed, or the
-      hub refuses.
-  """
-  return hub.push(convert.read(path, which), repo, private=private)
 
 
 def _features(module, preprocessing, layers, pool, unit_range, params, images):

@@ -101,7 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
   import jax
 
   from jepa_jax import convert
-  from jepa_jax.convert import hub
+  from jepa_jax.convert import push
 
   source = pathlib.Path(arguments.source)
   weights = convert.read(
@@ -118,7 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
     weights = convert.resize(weights, (size[0], size[-1]), arguments.positions)
   destination = arguments.destination
   if arguments.push:
-    destination = hub.push(weights, destination, private=arguments.private)
+    destination = push.push(weights, destination, private=arguments.private)
   else:
     convert.write(weights, destination, prefix=arguments.prefix)
   count = sum(x.size for x in jax.tree.leaves(weights.networks))

@@ -50,7 +50,7 @@ def read(path: pathlib.Path, which: str | None, step: int | None) -> Weights:
   with checked.readable("a config.json"):
     weights_lib.read_json(config)  # ValueError where it is too long
     settings = config_lib.read(config)
-    config_lib.check(settings)
+    config_lib.check_patches(settings)
   found = weights_lib.from_config(settings)
   places, restored = _read_newest(
     _checkpoints(path, workdir, step), which, found.predictor is not None

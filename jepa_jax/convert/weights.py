@@ -28,10 +28,10 @@ _PREDICTOR_KEYS = ("width", "depth", "num_heads", "mlp_ratio", "output_width")
 _OPTIONAL = ("output_width",)
 _IMAGE_KEYS = ("image_size", "channels", "mean", "std")
 # What settings may be, beside those that are keys of a config.
-_SIDE = config_table.KEYS["data.image_size"].kind
+_SIDES = keys.Group((keys.whole(1, 16_384),) * 2)
 _KINDS = {
-  "image_size": keys.Group((_SIDE, _SIDE)),
-  "encoder.position_grid": keys.Group((_SIDE, _SIDE)),
+  "image_size": _SIDES,
+  "encoder.position_grid": _SIDES,
   "encoder.norm_epsilon": keys.number(0.0, 1.0),
   "predictor.output_width": keys.whole(1, 2**20),
   "channels": config_table.KEYS["data.channels"].kind,
