@@ -96,8 +96,9 @@ def push(weights: Weights, repo: str, *, private: bool = False) -> str:
       url = api.create_repo(repo, private=private, exist_ok=True)
       api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:
+      why = hub_lib.first_line(error)
       raise ValueError(
-        f"the Hugging Face hub does not take {repo} ({hub_lib.first_line(error)})."
+        f"the Hugging Face hub does not take {repo} ({why})."
       ) from None
   return str(url)
 
