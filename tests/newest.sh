@@ -21,8 +21,10 @@ cp /etc/hosts /etc/resolv.conf "$folder/etc/"
 cp /etc/pip.conf "$folder/etc/" 2> /dev/null || true
 cp /etc/ssl/certs/ca-certificates.crt "$folder/etc/ssl/certs/"
 mkdir -p "$folder/src"
-mountpoint -q "$folder/proc" || mount -t proc proc "$folder/proc"
-mountpoint -q "$folder/dev" || mount --rbind /dev "$folder/dev"
+if ! mountpoint -q "$folder/proc"; then
+  mount -t proc proc "$folder/proc"
+  trap 'umount "$folder/proc"' EXIT
+fi
 find "$folder/src" -mindepth 1 -delete
 git ls-files -z | tar --null --create --files-from=- |
   tar --extract --directory "$folder/src"

@@ -35,7 +35,8 @@ def load(experiment, *flags):
   """An experiment, cut in batch and depth, with a few flags."""
   file, _, variant = experiment.partition(":")
   path = str(conftest.EXPERIMENTS / file)
-  flags = ["batch_size=64", "encoder.depth=2", "predictor.depth=3", *flags]
+  cut = ["batch_size=64", "encoder.depth=2", "predictor.depth=3"]
+  flags = [*cut, "total=6 steps", "optimizer.warmup=2 steps", *flags]
   return command.load_config(
     f"{path}:{variant}" if variant else path,
     ["--config." + flag for flag in flags],

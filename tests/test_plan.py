@@ -450,3 +450,20 @@ def test_a_state_that_does_not_fit_is_said_before_a_compilation(monkeypatch):
   said = []
   row = estimate.step(None, "h100:8", said.append)
   assert said == [known] and not row["fits"] and row["total_bytes"] == 9
+
+
+def test_what_needs_no_compiler_is_said_in_one_line(capsys):
+  plan.announce(
+    {
+      "topology": "h100:8x2",
+      "chips": 16,
+      "mesh": {"data": 2, "fsdp": 8},
+      "state_bytes": 1.25 * 2**30,
+      "hbm_bytes": 71.2 * 2**30,
+      "least_seconds": 0.1702,
+    }
+  )
+  assert capsys.readouterr().err == (
+    "h100:8x2: 16 chips, mesh 2x8, 1.25 GiB of state a device of 71.2, at "
+    "least 0.17 s a step; compiling for minutes\n"
+  )
