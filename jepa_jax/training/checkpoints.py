@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import itertools
+import logging as py_logging
 import pathlib
 import shutil
 import tempfile
@@ -25,6 +26,13 @@ from jepa_jax.training import program as program_lib
 
 _saves = itertools.count()  # alike in all processes
 _HALF = "*.orbax-checkpoint-tmp*"  # names that Orbax gives while it writes
+
+
+def _is_ours(record: Any) -> bool:
+  # Orbax's threads each report a failure with their whole stack: hundreds of
+  # lines for a full disk, which `Checkpoints` names in one.
+  failed = record.exc_info or record.levelno >= py_logging.ERROR
+  return not (failed and "orbax" in pathlib.Path(record.pathname).parts)
 
 
 class Checkpoints:
@@ -58,6 +66,7 @@ class Checkpoints:
     self._folder = pathlib.Path(folder).resolve()
     self._settings = settings
     self._claim = claim
+    logging.get_absl_logger().addFilter(_is_ours)  # once, if it is there
     self.losses: list[tuple[int, float]] = []
     if settings is not None:
       self._try_to_write()
@@ -218,7 +227,8 @@ class Checkpoints:
       "tries again at the next one",
       step,
       type(error).__name__,
-      " ".join(str(error).split()),
+      # Tensorstore appends how it was called, which is long.
+      " ".join(str(error).split()).partition(" [tensorstore_spec")[0],
     )
 
   def finish(

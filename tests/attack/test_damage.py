@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
 
 import conftest
 import jax
@@ -207,3 +208,25 @@ def test_the_command_lists_and_verifies(folder, capsys, monkeypatch):
   shutil.rmtree(folder / "2"), shutil.rmtree(folder / "4")
   with pytest.raises(ValueError, match="no checkpoints in"):
     checkpoints_command.main(flags("verify"))
+
+
+def test_a_full_disk_is_one_line_a_checkpoint(tmp_path, states, caplog, capfd):
+  mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("mounting a disk of its own needs root")
+  settings = conftest.small_config().checkpoint
+  try:
+    with checkpoints.Checkpoints(tmp_path / "run", settings) as saved:
+      (tmp_path / "ballast").write_bytes(bytes(900_000))
+      for state in states[1].values():
+        saved.save(state)
+        saved.wait()
+      (tmp_path / "ballast").unlink()
+      saved.finish(states[1][4])
+      assert saved.steps() == [4]
+  finally:
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+  errors = [r for r in caplog.records if r.levelname == "ERROR"]
+  said = [r.getMessage().partition(" could")[0] for r in errors]
+  assert said == ["checkpoint 2", "checkpoint 4"]
+  assert "Traceback" not in caplog.text + capfd.readouterr().err
