@@ -1,7 +1,7 @@
 """I-JEPA on ImageNet-1k with the released hyperparameters.
 
 Command:   python -m jepa_jax.train --config experiments/ijepa_in1k.py:vith14 \\
-             --workdir gs://... or a folder that every host sees
+             --workdir with a folder that every host sees
 Hardware:  a TPU slice or GPUs; the paper's vith14 took 16 A100 for under 72
            hours (under 1,200 GPU hours, Assran et al. 2023, section 7).
 Data:      TFDS imagenet2012, prepared by hand from the two archives.

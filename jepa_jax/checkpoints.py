@@ -14,14 +14,14 @@ import pathlib
 import time
 from typing import Any
 
-from jepa_jax import command
+from jepa_jax import command, paths
 
 _DAMAGED = 1
 
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
-  folder = pathlib.Path(arguments.folder).expanduser()
+  folder = paths.local(arguments.folder, "DIR")
   if (folder / "checkpoints").is_dir():
     folder = folder / "checkpoints"
   if not folder.is_dir():

@@ -8,10 +8,9 @@ raw pixels, under the same probes.
 """
 
 import argparse
-import pathlib
 import sys
 
-from jepa_jax import command
+from jepa_jax import command, paths
 from jepa_jax.training import distributed
 
 
@@ -25,7 +24,7 @@ def main(arguments: argparse.Namespace) -> int:
   from jepa_jax.training import compile_cache, sharding
   from jepa_jax.training import program as program_lib
 
-  workdir = pathlib.Path(arguments.workdir)
+  workdir = paths.local(arguments.workdir, "--workdir")
   path = workdir / "config.json"
   if not path.exists():
     raise ValueError(f"{workdir} holds no run: there is no {path}.")

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax import convert, models
+from jepa_jax import convert, models, paths
 from jepa_jax.convert import formats, hugging_face, runs, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.models import patches
@@ -350,7 +350,7 @@ def load(
   weights = convert.read(path, num_heads=num_heads, step=step)
   if which is None:
     which = "target" if "target" in weights.networks else "context"
-    source = pathlib.Path(path)
+    source = paths.local(path, "path of weights")
     as_usual = runs.workdir_of(source) or hugging_face.is_folder(source)
     if which == "context" and source.exists() and not as_usual:
       logging.warning("%s has no target encoder: using the context's", path)

@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from jepa_jax import command
+from jepa_jax import command, paths
 from jepa_jax.training import distributed
 
 # What may differ between the starts of one run without changing its result.
@@ -55,7 +55,7 @@ def train_and_evaluate(
   """
   from jepa_jax.training import owner as owner_lib
 
-  workdir = pathlib.Path(workdir)
+  workdir = paths.local(workdir, "workdir")
   with owner_lib.Owner(workdir) as owner:
     parts = _prepare(config, workdir, owner)
     total = parts.program.total_steps

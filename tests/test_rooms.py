@@ -24,6 +24,7 @@ ORDER = (
   "masks",
   "models",
   "keys",
+  "paths",
 )
 # Below them, and yet not for them: commands hand such things in.
 NEVER = {"data": {"config", "training", "planning"}}

@@ -22,6 +22,7 @@ from flax import traverse_util
 import numpy as np
 import safetensors.numpy
 
+from jepa_jax import paths
 from jepa_jax.convert import checked, hub, hugging_face, released, runs, table
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
@@ -65,7 +66,7 @@ def read(
     ValueError: one line that says what is wrong with the file: it cannot be
       read, or lists all missing, extra and misshapen keys.
   """
-  path = pathlib.Path(path)
+  path = paths.local(path, "path of weights")
   known = (*weights_lib.ENCODERS, "all")
   if which not in (None, *known):
     raise ValueError(f'unknown which "{which}"; known: {", ".join(known)}.')
@@ -122,7 +123,7 @@ def write(
     ValueError: the path exists or its suffix is unknown, torch is missing, or
       the weights do not fit the format.
   """
-  path = pathlib.Path(path)
+  path = paths.local(path, "path of the export")
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
     raise ValueError(f"{path} exists; remove it or name another.")
   if problems := weights.problems():

@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from jepa_jax import paths
 from jepa_jax.data import headers, records
 
 SUFFIXES = (
@@ -70,7 +71,7 @@ class FolderSource:
   def __init__(
     self, root: str, split: str = "all", max_mib: float = headers.MAX_MIB
   ):
-    self._root = pathlib.Path(root).expanduser()
+    self._root = paths.local(root, "data.name")
     self._most = int(max_mib * 2**20)
     root = records.printable(root)
     if not self._root.is_dir():

@@ -1,0 +1,37 @@
+"""Where files lie: paths of this machine, and what is none of them."""
+
+import os
+import pathlib
+import re
+
+# pathlib makes one slash of two: "gs:/bucket" was an address too.
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+(.*)", re.DOTALL)
+
+
+def local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
+  """A path of this machine.
+
+  Args:
+    path: "~" is the user's home; file:// may stand before it.
+    what: names it in an error, such as "--workdir".
+
+  Raises:
+    ValueError: it is an address of a store (gs://, s3://, ...), which would
+      become a folder of that name here, or there is no such home.
+  """
+  text = os.fspath(path)
+  if match := _ADDRESS.fullmatch(text):
+    scheme, rest = match.groups()
+    if scheme.lower() != "file":
+      raise ValueError(
+        f'{what} is "{text}", an address; it needs a path of this machine: '
+        "mount the store (gcsfuse, s3fs, ...) and give the folder there."
+      )
+    text = "/" + rest.removeprefix("localhost/")
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError:
+    raise ValueError(
+      f'{what} is "{text}", and the home that it means is not known; give the '
+      "whole path."
+    ) from None
