@@ -36,8 +36,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.masks.min_keep = 4  # patches, of a grid of 8 x 8
 
   c.encoder.update(width=128, depth=6, num_heads=4, mlp_ratio=4.0)
-  # Pixels: 8 x 8 patches of images of any size.
-  c.encoder.patch_size = c.data.get_ref("image_size") // 8
+  # Pixels: 8 x 8 patches of images of any size, more of such as (64, 96).
+  c.encoder.patch_size = c.data.get_ref("image_size") // _Parts(8)
   c.predictor.update(width=64, depth=4, num_heads=4)
 
   c.optimizer.warmup = "10 %"  # of the total
@@ -51,6 +51,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   if _is_labelled(variant):
     c.evaluations.classes = config.evaluation("label")
   return c
+
+
+class _Parts:
+  """`size // _Parts(n)` is an n-th of an image's shorter side."""
+
+  def __init__(self, n: int):
+    self._n = n
+
+  def __rfloordiv__(self, size: int | tuple[int, int]) -> int:
+    return (min(size) if isinstance(size, tuple) else size) // self._n
 
 
 def _is_labelled(folder: str) -> bool:

@@ -39,25 +39,32 @@ def crops(settings, sizes, orientations=None, seed=0, epoch=0, first=0):
 # --- orientation ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+  "encoding, size",
+  [(x, (20, 20)) for x in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")]
+  + [("PNG", (12, 26)), ("JPEG", (30, 11)), ("TIFF", (11, 30))],
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_undone(orientation, encoding):
+def test_exif_rotation_is_undone(orientation, encoding, size):
   exif = test_decode.exif_of(orientation)
   data = test_decode.encode(encoding=encoding, exif=exif)
   upright = Image.open(io.BytesIO(data))
   upright = ImageOps.exif_transpose(upright)
   header = headers.read_header(data)
   chosen = augment.central_crops(
-    (7, 7),
+    size,
     np.asarray([[header.height, header.width]]),
     np.asarray([header.orientation]),
   )
-  got = test_decode.cut(data, chosen.boxes[0], chosen.flips[0])
-  width, height = upright.size
-  side = min(width, height)
-  top, left = (height - side) // 2, (width - side) // 2
-  expected = upright.crop((left, top, left + side, top + side))
-  expected = np.asarray(expected.resize((20, 20), Image.Resampling.BILINEAR))
+  got = test_decode.cut(data, chosen.boxes[0], chosen.flips[0], size)
+  assert got.shape == (*size, 3)
+  ratio = size[1] / size[0]
+  width = min(upright.width, round(upright.height * ratio))
+  height = min(upright.height, round(upright.width / ratio))
+  top, left = (upright.height - height) // 2, (upright.width - width) // 2
+  expected = upright.crop((left, top, left + width, top + height))
+  expected = expected.resize(size[::-1], Image.Resampling.BILINEAR)
+  expected = np.asarray(expected)
   # A central crop of odd margins may round to either side: one pixel.
   assert np.abs(got.astype(int) - expected).mean() < 4
 
@@ -93,6 +100,14 @@ def test_crops_have_the_scale_and_ratio_asked_for():
   # The two ends of the image are reached equally often.
   up, down = top / 500, (500 - top - height) / 500
   assert abs((up - down).mean()) < 5 * (up - down).std() / math.sqrt(4000)
+
+
+def test_the_ratio_is_relative_to_the_images_size():
+  sizes = np.tile([[500, 600]], (4000, 1))
+  changed = config(image_size=(40, 20), crop_scale=(0.1, 0.4))
+  height, width = crops(changed, sizes).boxes.astype(float).T[2:]
+  ratio = 2 * width / height
+  assert 0.73 < ratio.min() < 0.76 and 1.31 < ratio.max() < 1.36
 
 
 def test_small_scales_are_uniform_in_area_and_log_ratio():

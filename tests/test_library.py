@@ -1,5 +1,6 @@
 """The library: load, encode, predict, warm-start, bridge, export."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -27,6 +28,7 @@ from test_convert import (
 import jepa_jax
 from jepa_jax import config as config_lib
 from jepa_jax import convert, models, objectives, pretrained
+from jepa_jax.convert import weights as weights_lib
 from jepa_jax.training import checkpoints, program
 
 GRID = (3, 5)
@@ -216,6 +218,27 @@ def test_stored_positions_are_of_one_grid(tmp_path, images):
 def test_encode_says_what_is_wrong(arguments, message, model, images):
   with pytest.raises(ValueError, match=message):
     model.encode(**dict(images=images) | arguments)
+
+
+@pytest.mark.parametrize("kind", ["published", "e.npz"])
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_any_number_of_channels(channels, kind, tmp_path):
+  weights = dataclasses.replace(make(), channels=channels)
+  assert weights.mean == pytest.approx((0.2,) * channels)
+  weights.networks["target"] = jax.tree.map(
+    lambda x: np.ones(x.shape, np.float32),
+    weights_lib.abstract(weights, "target"),
+  )
+  convert.write(weights, tmp_path / kind)
+  for path in tmp_path.rglob("preprocessor_config.json"):
+    path.unlink()  # so that ImageNet's three values stand in
+  model = jepa_jax.load(tmp_path / kind)
+  assert len(model.preprocessing.mean) == channels
+  features = model.encode(np.zeros((2, 12, 20, channels), np.uint8))
+  assert features.shape == (2, 28)
+  for other in {1, 3, 4} - {channels}:
+    with pytest.raises(ValueError, match=rf"\[B, H, W, {channels}\]"):
+      model.encode(np.zeros((2, 12, 20, other), np.uint8))
 
 
 def test_predict_any_patches_from_any_others(model, exported, images):

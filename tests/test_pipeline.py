@@ -190,6 +190,38 @@ def test_batches_have_the_shapes_and_types_declared(folder):
     assert declared[name].dtype == tf.as_dtype(dtype)
 
 
+def test_images_need_not_be_square(tmp_path):
+  for i in range(6):  # left half one colour, lower half brighter
+    pixels = np.zeros((50 + i, 70, 3), np.uint8)
+    pixels[:, 35:, 1], pixels[25:, :, 2] = 200, 250
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+  settings = config(tmp_path, image_size=(24, 40), blur=1.0, flip=True)
+  (batch,) = take(train_dataset(settings), 1)
+  assert batch["image"].shape == (6, 24, 40, 3)
+  assert batch["context_ids"].max() < 6 * 10
+  whole = pipeline.evaluation_dataset(settings.data, batch_size=6)
+  image = next(whole.as_numpy_iterator())["image"]
+  assert image.shape == (6, 24, 40, 3)
+  assert (image[:, :, -1, 1] == 200).all() and (image[:, -1, :, 2] == 250).all()
+  assert not image[:, 0, 0].any()
+
+
+def test_any_number_of_channels(tmp_path):
+  for i in range(6):
+    np.save(tmp_path / f"{i}.npy", np.full((30, 31, 12), 1000 * i, np.uint16))
+  settings = config(tmp_path, channels=12, range="5000", blur=0.5)
+  (batch,) = take(train_dataset(settings), 1)
+  assert batch["image"].shape == (6, 24, 24, 12)
+  found = np.sort(batch["image"].reshape(6, -1), axis=0)
+  np.testing.assert_array_equal(found, np.tile(found[:, :1], 24 * 24 * 12))
+  np.testing.assert_array_equal(found[:, 0], 51 * np.arange(6))
+  reasons = unreadable_lib.Unreadable(3)
+  few = train_dataset(config(tmp_path, channels=3), unreadable=reasons)
+  take(few, 1)
+  with pytest.raises(ValueError, match="12 channels; data.channels=3"):
+    reasons.check()
+
+
 def test_every_image_once_an_epoch_across_the_ends_of_epochs(folder):
   batches = take(train_dataset(config(folder)), 2 * COUNT)
   seen = np.concatenate([numbers(batch) for batch in batches])

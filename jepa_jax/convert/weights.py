@@ -64,6 +64,14 @@ class Weights:
   mean: tuple[float, ...] = MEAN
   std: tuple[float, ...] = STD
 
+  def __post_init__(self):
+    # Of another number of channels, such as grey, each gets the average.
+    for key in ("mean", "std"):
+      values = getattr(self, key)
+      if len(values) != self.channels:
+        average = sum(values) / len(values)
+        object.__setattr__(self, key, (average,) * self.channels)
+
   @property
   def grid(self) -> tuple[int, int]:
     """(h, w) in patches."""

@@ -115,7 +115,7 @@ def _resize(
   shape = tf.shape(image)[:2]
   target = tf.constant(size)
   if size[0] != size[1]:
-    target = tf.where(transposed, target[::-1], target)
+    target = tf.where(transposed, tf.constant(size[::-1]), target)
 
   def average():
     return tf.raw_ops.ResizeArea(images=image[None], size=target)[0]
