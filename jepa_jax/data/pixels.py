@@ -8,6 +8,7 @@ else by tifffile or NumPy, and becomes uint8 with `data.channels` channels.
 from collections.abc import Callable
 import dataclasses
 import io
+import logging
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,8 @@ def _tifffile(data: bytes, header: headers.Header) -> tuple[np.ndarray, bool]:
     raise headers.Missing(
       "needs tifffile: pip install 'jepa_jax[images]'"
     ) from None
+  # What it says of each damaged tag; the error says enough.
+  logging.getLogger("tifffile").setLevel(logging.CRITICAL)
   with tifffile.TiffFile(io.BytesIO(data)) as file:
     page = file.pages[0]
     array, axes = page.asarray(maxworkers=1), page.axes
