@@ -182,6 +182,10 @@ KEYS: dict[str, keys.Key] = {
   "encoder.patch_size": Key(14, whole(1, 1024), "pixels"),
   "encoder.dropout": Key(0.0, _CHANCE, "probability, in every block"),
   "encoder.drop_path": Key(0.0, _CHANCE, "stochastic depth of the last block"),
+  "encoder.class_token": Key(
+    False, keys.Flag(), "a learned token for the whole image; I-JEPA has none"
+  ),
+  "encoder.registers": Key(0, whole(0, 1024), "learned tokens besides"),
   "predictor.width": Key(384, whole(4, 2**16), "features a patch"),
   "predictor.depth": Key(12, whole(1, 256), "blocks"),
   "predictor.num_heads": Key(

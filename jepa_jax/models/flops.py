@@ -41,9 +41,10 @@ def encoder(
     queries: of how many the output is needed; None for all.
   """
   width, hidden = network.width, int(network.mlp_ratio * network.width + 1e-6)
-  queries = min(patches, patches if queries is None else queries)
-  blocks = (network.depth - 1) * block(patches, width, hidden)
-  blocks += block(patches, width, hidden, queries=queries)
+  tokens = patches + network.class_token + network.registers
+  queries = min(tokens, tokens if queries is None else queries)
+  blocks = (network.depth - 1) * block(tokens, width, hidden)
+  blocks += block(tokens, width, hidden, queries=queries)
   return blocks + embedding(network, patches, channels)
 
 

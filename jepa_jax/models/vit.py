@@ -33,8 +33,10 @@ SIZES: dict[str, dict[str, Any]] = {
 class Encoder(nn.Module):
   """Vision transformer over all patches of an image, or over chosen ones.
 
-  Without class token. Chosen patches are gathered before the embedding, so
-  that the work falls with their number.
+  Chosen patches are gathered before the embedding, so that the work falls with
+  their number. Class token and registers, of which I-JEPA has none, stand
+  before the patches, have no position, and are left out of the output unless
+  it is asked for them.
 
   Attributes:
     width: D, a multiple of 4 and of num_heads.
@@ -52,6 +54,8 @@ class Encoder(nn.Module):
     position_grid: (h, w) of position embeddings that are a parameter
       "positions", [N, D], as in foreign weights; None computes sine-cosine
       ones for any grid.
+    class_token: whether there is a learned token for the whole image.
+    registers: learned tokens besides; Darcet et al. 2024, arXiv:2309.16588.
     kernels: how it computes, see Kernels.
   """
 
@@ -68,6 +72,8 @@ class Encoder(nn.Module):
   remat_every: int = 1
   norm_epsilon: float = transformer.NORM_EPSILON
   position_grid: tuple[int, int] | None = None
+  class_token: bool = False
+  registers: int = 0
   kernels: kernels_lib.Kernels = kernels_lib.Kernels()
 
   @nn.compact
@@ -80,6 +86,9 @@ class Encoder(nn.Module):
     layers: int = 1,
     train: bool = False,
     query_ids: jax.Array | None = None,
+    masked: jax.Array | None = None,
+    all_tokens: bool = False,
+    normalize: bool = True,
   ) -> jax.Array:
     """Encodes images.
 
@@ -95,6 +104,12 @@ class Encoder(nn.Module):
       query_ids: [B, *any] row-major indices of the patches whose output is
         needed, of all that are encoded, which saves the last block work on the
         others; None for all that are encoded. Not beside patch_ids.
+      masked: [B, N] bool, or as patch_ids: patches that are seen as a learned
+        mask token at their position. The token is a parameter if `init` gets
+        this argument.
+      all_tokens: whether class token and registers, in this order, stand
+        before the patches of the output. Not beside query_ids.
+      normalize: False leaves the final LayerNorm out.
 
     Returns:
       [B, N, layers * D], [B, (S,) K, layers * D] for chosen patches, or
@@ -103,9 +118,10 @@ class Encoder(nn.Module):
     Raises:
       ValueError: shapes do not fit; the message says which.
     """
-    if query_ids is not None and patch_ids is not None:
+    if query_ids is not None and (patch_ids is not None or all_tokens):
       raise ValueError(
-        "got patch_ids and query_ids; query_ids are of whole images alone."
+        "got query_ids and patch_ids or all_tokens; query_ids are of the "
+        "patches of whole images alone."
       )
     patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
     grid = patches_lib.patch_grid(*images.shape[1:3], self.patch_size)
@@ -117,17 +133,26 @@ class Encoder(nn.Module):
     lead = patches.shape[:-1]
     compute = dict(dtype=self.dtype, kernels=self.kernels)
     x = transformer.Dense(self.width, **compute, name="patch_embed")(patches)
+    if masked is not None:
+      token = self._token("mask_token")
+      x = jnp.where(masked[..., None], token.astype(self.dtype), x)
     x += positions.astype(self.dtype)
     x = x.reshape(-1, lead[-1], self.width)  # [B * S, K, D]
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
+    x, valid = self._prepend_tokens(x, valid)
+    count = x.shape[1] - lead[-1]
     select = early = None
     if query_ids is not None:
       lead = query_ids.shape
-      flat_ids = jax.lax.collapse(query_ids, 1)
+      flat_ids = count + jax.lax.collapse(query_ids, 1)
       select = lambda x: patches_lib.gather_patches(x, flat_ids)
       # Patches may be named several times: all of them may be fewer.
       early = select if flat_ids.shape[1] < x.shape[1] else None
+    elif all_tokens:
+      lead = (*lead[:-1], x.shape[1])
+    elif count:
+      select = lambda x: x[:, count:]
     *outputs, last = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -147,8 +172,30 @@ class Encoder(nn.Module):
     norm = transformer.LayerNorm(
       epsilon=self.norm_epsilon, **compute, name="norm"
     )
-    x = jnp.concatenate([norm(y) for y in (*outputs, last)], axis=-1)
+    outputs = [norm(y) if normalize else y for y in (*outputs, last)]
+    x = jnp.concatenate(outputs, axis=-1)
     return x.reshape(*lead, layers * self.width)
+
+  def _token(self, name: str, count: int = 1) -> jax.Array:
+    """A parameter; three axes as in the released code, so that it decays."""
+    shape = (1, count, self.width)
+    return self.param(name, transformer.KERNEL_INIT, shape)
+
+  def _prepend_tokens(
+    self, x: jax.Array, valid: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """[B, K, D] and [B, K] with class token and registers in front."""
+    tokens = [self._token("class_token")] if self.class_token else []
+    if self.registers:
+      tokens.append(self._token("registers", self.registers))
+    count = sum(token.shape[1] for token in tokens)
+    if not count:
+      return x, valid
+    token = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+    token = jnp.broadcast_to(token, (len(x), count, self.width))
+    if valid is not None:
+      valid = jnp.pad(valid, ((0, 0), (count, 0)), constant_values=True)
+    return jnp.concatenate([token, x], axis=1), valid
 
   def _positions(self, grid: tuple[int, int]) -> jax.Array:
     if self.position_grid is None:
@@ -216,7 +263,8 @@ class Predictor(nn.Module):
     """Predicts every target block from every context block.
 
     Args:
-      context: [B, S, K, D], the context encoder's output.
+      context: [B, S, K, D], the context encoder's output; or more than K, of
+        which the first ones are tokens without a position.
       context_ids: [B, S, K], where it lies, row-major.
       target_ids: [B, M, T], what to predict.
       grid: (h, w) of the image.
@@ -235,7 +283,15 @@ class Predictor(nn.Module):
     positions = jnp.asarray(
       patches_lib.sincos_positions(grid, self.width, wide), self.dtype
     )
-    seen = dense(self.width, name="embed")(context) + positions[context_ids]
+    places = positions[context_ids]
+    if tokens := k - context_ids.shape[2]:
+      at_the_front = ((0, 0), (0, 0), (tokens, 0))
+      places = jnp.pad(places, (*at_the_front, (0, 0)))
+      if context_valid is not None:
+        context_valid = jnp.pad(
+          context_valid, at_the_front, constant_values=True
+        )
+    seen = dense(self.width, name="embed")(context) + places
     # Three axes as in the released code, where only tensors of fewer than two
     # are free of weight decay: the mask token is decayed.
     token = self.param(
@@ -260,7 +316,7 @@ class Predictor(nn.Module):
     valid = None
     if context_valid is not None or target_valid is not None:
       if context_valid is None:
-        context_valid = jnp.ones(context_ids.shape, bool)
+        context_valid = jnp.ones(context.shape[:3], bool)
       if target_valid is None:
         target_valid = jnp.ones(target_ids.shape, bool)
       valid = pair(concat(context_valid, target_valid))
