@@ -46,7 +46,7 @@ def make_batch(program, seed=0):
 
 
 # Keys of a method whose defaults are too large for a test.
-METHODS = {"supervised": {"classes": 9}}
+METHODS = {"supervised": {"classes": 9}, "data2vec": {"layers": 3}}
 
 
 def config_of(name):

@@ -41,7 +41,7 @@ def encoder(
     queries: of how many the output is needed; None for all.
   """
   width, hidden = network.width, int(network.mlp_ratio * network.width + 1e-6)
-  tokens = patches + network.class_token + network.registers
+  tokens = patches + network.num_tokens
   queries = min(tokens, tokens if queries is None else queries)
   blocks = (network.depth - 1) * block(tokens, width, hidden)
   blocks += block(tokens, width, hidden, queries=queries)

@@ -141,18 +141,17 @@ class Encoder(nn.Module):
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
     x, valid = self._prepend_tokens(x, valid)
-    count = x.shape[1] - lead[-1]
     select = early = None
     if query_ids is not None:
       lead = query_ids.shape
-      flat_ids = count + jax.lax.collapse(query_ids, 1)
+      flat_ids = self.num_tokens + jax.lax.collapse(query_ids, 1)
       select = lambda x: patches_lib.gather_patches(x, flat_ids)
       # Patches may be named several times: all of them may be fewer.
       early = select if flat_ids.shape[1] < x.shape[1] else None
     elif all_tokens:
       lead = (*lead[:-1], x.shape[1])
-    elif count:
-      select = lambda x: x[:, count:]
+    elif self.num_tokens:
+      select = lambda x: x[:, self.num_tokens :]
     *outputs, last = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -176,6 +175,11 @@ class Encoder(nn.Module):
     x = jnp.concatenate(outputs, axis=-1)
     return x.reshape(*lead, layers * self.width)
 
+  @property
+  def num_tokens(self) -> int:
+    """Class token and registers."""
+    return self.class_token + self.registers
+
   def _token(self, name: str, count: int = 1) -> jax.Array:
     """A parameter; three axes as in the released code, so that it decays."""
     shape = (1, count, self.width)
@@ -188,9 +192,9 @@ class Encoder(nn.Module):
     tokens = [self._token("class_token")] if self.class_token else []
     if self.registers:
       tokens.append(self._token("registers", self.registers))
-    count = sum(token.shape[1] for token in tokens)
-    if not count:
+    if not tokens:
       return x, valid
+    count = self.num_tokens
     token = jnp.concatenate(tokens, axis=1).astype(self.dtype)
     token = jnp.broadcast_to(token, (len(x), count, self.width))
     if valid is not None:

@@ -20,6 +20,8 @@ OBJECTIVES = {
   "ijepa": "jepa_jax.objectives.ijepa:IJEPA",
   "pixel_ijepa": "jepa_jax.objectives.pixel_ijepa:PixelIJEPA",
   "supervised": "jepa_jax.objectives.supervised:Supervised",
+  "mae": "jepa_jax.objectives.mae:MAE",
+  "data2vec": "jepa_jax.objectives.data2vec:Data2Vec",
 }
 
 Params = dict[str, Any]  # network -> tree of its parameters

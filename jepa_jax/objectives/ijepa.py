@@ -4,7 +4,7 @@ Reference: Assran et al. 2023, section 3, arXiv:2301.08243.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,10 @@ class IJEPA(objectives.Objective):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   loss_name: str
+
+  normalize: ClassVar = staticmethod(normalize_targets)
+  # Whether the predictor sees the encoder's class token and registers too.
+  tokens_predict: ClassVar[bool] = False
 
   @classmethod
   def from_config(
@@ -181,8 +185,9 @@ class IJEPA(objectives.Objective):
       context_ids,
       context_valid,
       train=True,
+      all_tokens=self.tokens_predict,
       rngs={"dropout": rng},
-    )  # [B, S, K, D]
+    )  # [B, S, K, D], or more than K with tokens
     predictions = self.predictor.apply(
       {"params": params["predictor"]},
       context,
@@ -197,7 +202,7 @@ class IJEPA(objectives.Objective):
     if target_valid is None:
       target_valid = jnp.ones(target_ids.shape, bool)
     errors = elementwise_loss(
-      predictions - normalize_targets(targets)[:, None], self.loss_name
+      predictions - self.normalize(targets)[:, None], self.loss_name
     )
     errors = jnp.where(target_valid[:, None, ..., None], errors, 0.0)
     num_contexts, width = predictions.shape[1], predictions.shape[-1]
@@ -238,6 +243,8 @@ class IJEPA(objectives.Objective):
     context = shapes.context_patches
     per_context = 3 * flops.encoder(self.encoder, context, channels)
     per_context -= flops.embedding(self.encoder, context, channels)
+    if self.tokens_predict:
+      context += self.encoder.num_tokens
     per_context += 3 * flops.predictor(
       self.predictor, context, shapes.target_patches, shapes.num_targets
     )

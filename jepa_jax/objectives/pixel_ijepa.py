@@ -38,7 +38,8 @@ class PixelIJEPA(ijepa.IJEPA):
 
   def watched(self, targets, context, batch) -> jax.Array:
     """The context's features, averaged, for pixels cannot collapse."""
-    context = context.astype(jnp.float32)
+    count = batch["context_ids"].shape[-1]  # tokens stand before the patches
+    context = context[..., -count:, :].astype(jnp.float32)
     return ijepa.masked_mean(context, batch.get("context_valid"))
 
   def target_flops(self) -> int:
