@@ -45,15 +45,19 @@ def make_batch(program, seed=0):
   return batch
 
 
-# Keys of a method whose defaults are too large for a test.
-METHODS = {"supervised": {"classes": 9}, "data2vec": {"layers": 3}}
+# What an objective's test sets beside its defaults.
+CHANGES = {
+  "supervised": {"method.classes": 9},
+  "mae": {"encoder.class_token": True},
+  "data2vec": {"method.layers": 3, "encoder.registers": 2},
+}
 
 
 def config_of(name):
   config = small_config()
   config.objective = name
   config_lib.fill_method(config)
-  config.method.update(METHODS.get(name, {}))
+  config.update_from_flattened_dict(CHANGES.get(name, {}))
   config.total = "60 steps"
   return config
 
