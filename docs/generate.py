@@ -33,6 +33,7 @@ MODULES = (
   "jepa_jax.objectives.ijepa",
   "jepa_jax.config",
   "jepa_jax.keys",
+  "jepa_jax.durations",
   "jepa_jax.data.pipeline",
   "jepa_jax.data.scenes",
   "jepa_jax.training.program",
@@ -79,7 +80,7 @@ def source_of(module: str) -> pathlib.Path:
 
 def config_page() -> str:
   """Every key with its default, the values it takes and what it is."""
-  from jepa_jax import config, config_table
+  from jepa_jax import config_table, known_keys
 
   functions = {
     node.name: node
@@ -89,8 +90,9 @@ def config_page() -> str:
   page = [_MADE, "# Configuration\n", _CONFIG]
   page.append(docstring(functions["defaults"]))
   groups: dict[str, list[str]] = {"": []}
-  for name, key in config.reference().items():
-    groups.setdefault(name.rpartition(".")[0], []).append(row(name, key))
+  for name, key, objective in known_keys.of_package():
+    group = groups.setdefault(name.rpartition(".")[0], [])
+    group.append(row(name, key, objective))
   for group, rows in groups.items():
     group = group.removesuffix(".NAME")
     page.append(f"## {group or 'The run'}\n")
@@ -102,9 +104,15 @@ def config_page() -> str:
   return "\n".join(page)
 
 
-def row(name: str, key: Any) -> str:
+def row(name: str, key: Any, objective: str) -> str:
   """A line of a table of keys."""
-  cells = (f"`{name}`", f"`{key.default!r}`", str(key.kind), _sentence(key.doc))
+  of = f" of `{objective}`" if objective else ""
+  cells = (
+    f"`{name}`{of}",
+    f"`{key.default!r}`",
+    str(key.kind),
+    _sentence(key.doc),
+  )
   escaped = [cell.rstrip(".").replace("|", "\\|") for cell in cells]
   return f"| {' | '.join(escaped)} |\n"
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import ml_collections
 
-from jepa_jax import allocator, keys, launch
+from jepa_jax import allocator, keys, known_keys, launch
 from jepa_jax import config as config_lib
 from jepa_jax.training import distributed
 
@@ -141,21 +141,24 @@ def help_config(part: str = "") -> str:
   Raises:
     ValueError: there is no such key.
   """
-  known = config_lib.reference()
-  names = [name for name in known if name == part]
-  names = names or [name for name in known if name.startswith(part)]
-  names = names or [name for name in known if part in name]
-  if not names:
-    raise keys.unknown("config key", part, list(known))
+  every = known_keys.of_package()
+  found = (
+    [row for row in every if row[0] == part]
+    or [row for row in every if row[0].startswith(part)]
+    or [row for row in every if part in row[0]]
+  )
+  if not found:
+    raise keys.unknown("config key", part, [name for name, *_ in every])
   wrap = lambda text: textwrap.fill(
     text, 80, initial_indent="    ", subsequent_indent="    "
   )
-  paragraphs = []
-  for name in names:
-    key = known[name]
-    paragraphs.append(f"{name} = {key.default!r}\n{wrap(str(key.kind))}")
-    paragraphs[-1] += f"\n{wrap(key.doc)}"
-  return "\n".join(paragraphs)
+  lines = []
+  for name, key, objective in found:
+    lines.append(
+      f"{name} = {key.default!r}" + f" ({objective})" * bool(objective)
+    )
+    lines += [wrap(str(key.kind)), wrap(key.doc)]
+  return "\n".join(lines)
 
 
 def load_config(
@@ -274,7 +277,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
   if equals and re.fullmatch(r"evaluations(\.\w+)?", name):
     _override_evaluations(config, name.partition(".")[2], text)
     return
-  known = config_lib.keys_of(config)
+  known = known_keys.of_config(config)
   if not equals:
     raise ValueError(f"{override} needs a value: --config.{name}=...")
   if name not in known:

@@ -18,12 +18,13 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from jepa_jax import config_table, keys
+from jepa_jax import config_table, durations, keys, known_keys
 
 choose = keys.choose
 _MOST_STEPS = 10**7  # of a run: its schedules are tables, 12 bytes a step
 
 
+_MOST_PARAMETERS = 10**12  # of a network: a state of 16 TB
 # Keys that the config.json of every version's runs has.
 _OLDEST = ("batch_size", "data.image_size", "encoder.width", "encoder.depth")
 
@@ -61,55 +62,9 @@ def fill_method(config: ml_collections.ConfigDict) -> None:
   old = flatten(config.get("method", {}))
   table = {
     name: dataclasses.replace(key, default=old.get(name, key.default))
-    for name, key in method_keys(config.objective).items()
+    for name, key in known_keys.of_objective(config.objective).items()
   }
   config.method = _build(table)
-
-
-def method_keys(objective: str) -> dict[str, keys.Key]:
-  """Keys that an objective declares, by their names under `method`.
-
-  Raises:
-    ValueError: no such objective.
-  """
-  key = config_table.KEYS["objective"]
-  key.kind.check("objective", objective)
-  if objective == key.default:
-    return {}  # without an import of JAX
-  from jepa_jax import objectives
-
-  return objectives.load(objective).keys
-
-
-def reference() -> dict[str, keys.Key]:
-  """Every key of the package: the table's, evaluations' and objectives'."""
-  from jepa_jax import objectives
-
-  found = dict(config_table.KEYS)
-  for name, key in config_table.EVALUATION.items():
-    found[f"evaluations.NAME.{name}"] = key
-  for objective in objectives.OBJECTIVES:
-    for name, key in method_keys(objective).items():
-      found[f"method.{name}"] = key
-  return found
-
-
-def keys_of(config: ml_collections.ConfigDict) -> dict[str, keys.Key]:
-  """Dotted name -> key of all that a config may have.
-
-  Those of the table, of its objective and of its evaluations.
-
-  Raises:
-    ValueError: no such objective.
-  """
-  found = dict(config_table.KEYS)
-  for name, key in method_keys(config.objective).items():
-    found[f"method.{name}"] = key
-  data = {k: v for k, v in config_table.KEYS.items() if k.startswith("data.")}
-  for evaluation in config.evaluations:
-    for name, key in (config_table.EVALUATION | data).items():
-      found[f"evaluations.{evaluation}.{name}"] = key
-  return found
 
 
 def _build(table: dict[str, keys.Key]) -> ml_collections.ConfigDict:
@@ -205,7 +160,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     known = dict(config_table.KEYS)
     with contextlib.suppress(ValueError):  # not to be imported here: as it is
       fill_method(config)
-      known = keys_of(config)
+      known = known_keys.of_config(config)
     _check_table(config, known)
   except (AttributeError, RecursionError, TypeError, ValueError) as error:
     raise ValueError(f"{path} cannot be read: {error}") from None
@@ -219,10 +174,10 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     ValueError: it cannot be read, or counts epochs of an unknown size.
   """
   value = _value(config, key)
-  duration = keys.Duration.parse(value, key)
+  duration = durations.Duration.parse(value, key)
   if duration.unit == "%":
     if key == "total":  # of itself
-      raise keys.Duration.refusal(value, key)
+      raise durations.Duration.refusal(value, key)
     return math.floor(duration.amount / 100 * steps(config, "total"))
   if duration.unit == "epochs" and not config.data.num_examples:
     raise ValueError(
@@ -263,7 +218,7 @@ def needs_num_examples(config: ml_collections.ConfigDict) -> bool:
   texts = [
     _value(config, key)
     for key, entry in config_table.KEYS.items()
-    if isinstance(entry.kind, keys.Span)
+    if isinstance(entry.kind, durations.Span)
   ]
   return not config.data.num_examples and any("epoch" in t for t in texts)
 
@@ -279,7 +234,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: one line that says what it got and what it needs.
   """
-  _check_table(config, keys_of(config))
+  _check_table(config, known_keys.of_config(config))
   for relation in _RELATIONS:
     relation(config)
 
@@ -300,7 +255,7 @@ def _check_table(
 
 def check_names(config: ml_collections.ConfigDict) -> None:
   """Raises a ValueError for a key that does not exist."""
-  known = keys_of(config)
+  known = known_keys.of_config(config)
   for name in flatten(config):
     if name not in known:
       raise keys.unknown("config key", name, list(known))
@@ -363,17 +318,42 @@ def check_patches(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_parameters(config: ml_collections.ConfigDict) -> None:
+  """Refuses networks that no machine holds."""
+  for name, network in (
+    ("encoder", config.encoder),
+    ("predictor", config.predictor),
+  ):
+    block = (4 + 2 * network.mlp_ratio) * network.width**2
+    if (count := network.depth * block) > _MOST_PARAMETERS:
+      raise ValueError(
+        f"{name}.width {network.width} and {name}.depth {network.depth} are "
+        f"{count:.1e} parameters; the most are {_MOST_PARAMETERS:.0e}."
+      )
+
+
 def _check_lengths(config: ml_collections.ConfigDict) -> None:
   if not needs_num_examples(config):
     lengths(config)
 
 
+def check_name(data: Any) -> None:
+  """Raises a ValueError where config.data needs a name and has none."""
+  if data.source != "scenes" and not data.name:
+    raise ValueError(
+      f'data.name is "" and data.source "{data.source}"; name the data set, or '
+      "the folder."
+    )
+
+
 _RELATIONS = (
+  lambda config: check_name(config.data),
   _check_attention,
   _check_channels,
   _check_batch,
   _check_heads,
   check_patches,
+  check_parameters,
   _check_lengths,
 )
 

@@ -4,7 +4,7 @@
 and --help_config the reference. What relates two keys is in config.check.
 """
 
-from jepa_jax import keys
+from jepa_jax import durations, keys
 
 Key, number, whole = keys.Key, keys.number, keys.whole
 
@@ -32,7 +32,7 @@ KEYS: dict[str, keys.Key] = {
   "accumulate_steps": Key(
     1, whole(1, 2**20), "microbatches of a batch, one after the other"
   ),
-  "total": Key("300 epochs", keys.Span(False, False), "how long to train"),
+  "total": Key("300 epochs", durations.Span(False, False), "how long to train"),
   "init_from": Key(
     "",
     keys.Text("a path"),
@@ -198,7 +198,7 @@ KEYS: dict[str, keys.Key] = {
     "smooth_l1", keys.Choice(("smooth_l1", "l2")), "of the predictions"
   ),
   "optimizer.warmup": Key(
-    "40 epochs", keys.Span(), "lr rises linearly from lr_start"
+    "40 epochs", durations.Span(), "lr rises linearly from lr_start"
   ),
   "optimizer.lr_start": Key(2e-4, _DECAY, "learning rate of the first step"),
   "optimizer.lr": Key(1e-3, _DECAY, "learning rate at the end of the warm-up"),
@@ -282,9 +282,9 @@ KEYS: dict[str, keys.Key] = {
     '(pattern of a parameter\'s path, "split" over fsdp or "replicate"), the '
     "first that matches; the moving average and the moments follow",
   ),
-  "log_every": Key("50 steps", keys.Span(), "a row of the log"),
+  "log_every": Key("50 steps", durations.Span(), "a row of the log"),
   "checkpoint.every": Key(
-    "1 epochs", keys.Span(), "besides the one at the end; 0: that alone"
+    "1 epochs", durations.Span(), "besides the one at the end; 0: that alone"
   ),
   "checkpoint.keep": Key(2, whole(1, 10**6), "newest ones"),
   "checkpoint.keep_best": Key(
@@ -311,7 +311,7 @@ KEYS: dict[str, keys.Key] = {
   "collapse.mean_cosine": Key(
     0.9999, number(-1.0, 1.0), "at most; between different images"
   ),
-  "evaluate_every": Key("0 steps", keys.Span(), "0: at the end alone"),
+  "evaluate_every": Key("0 steps", durations.Span(), "0: at the end alone"),
 }
 # What is said of a group of keys.
 GROUPS = {

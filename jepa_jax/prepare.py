@@ -20,7 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from jepa_jax import command
+from jepa_jax import command, config_table, keys
+from jepa_jax import config as config_lib
 from jepa_jax.data import headers, pixels, sources
 
 _CHUNK = 256  # images read at once
@@ -127,6 +128,7 @@ def main(arguments: argparse.Namespace) -> int:
     max_mib=headers.MAX_MIB,
     num_scenes=tuple(arguments.num_scenes),
   )
+  config_lib.check_name(config)
   if arguments.download:
     if config.source != "tfds":
       raise ValueError(
@@ -146,16 +148,25 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax.prepare", description=__doc__.split("\n")[0]
   )
-  parser.add_argument("--source", default="tfds", help="as config.data.source")
+  kind = lambda name: keys.flag(config_table.KEYS[f"data.{name}"].kind, name)
+  parser.add_argument(
+    "--source",
+    type=kind("source"),
+    default="tfds",
+    help="as config.data.source",
+  )
   parser.add_argument("--name", default="", help="as config.data.name")
   parser.add_argument("--split", default="", help="default: all")
   parser.add_argument("--data_dir", default="", help="as config.data.data_dir")
   parser.add_argument(
-    "--image_size", type=int, default=64, help="of scenes, pixels"
+    "--image_size",
+    type=kind("image_size"),
+    default=64,
+    help="of scenes, pixels",
   )
   parser.add_argument(
     "--num_scenes",
-    type=int,
+    type=keys.flag(keys.whole(1, 10**8), "num_scenes"),
     nargs=2,
     default=(8000, 2000),
     help="of scenes, images to train and to test on",

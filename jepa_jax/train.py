@@ -11,33 +11,18 @@ import argparse
 from collections.abc import Iterable
 import json
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
-from jepa_jax import command, paths
+from jepa_jax import command, keys, paths
 from jepa_jax.training import distributed
-
-# What may differ between the starts of one run without changing its result.
-_FREE_KEYS = (
-  "log_every",
-  "checkpoint.",
-  "collapse.",
-  "evaluat",
-  "data.data_dir",
-  "data.max_unreadable",
-  "data.prefetch",
-  "data.threads",
-  "mesh.",
-  "sharding",
-  "profile.",
-  "compute.scan",
-  "compute.remat",
-  "compute.cache",
-)
 
 
 def train_and_evaluate(
-  config: Any, workdir: str | pathlib.Path, *, stop_at: int = 0
+  config: Any,
+  workdir: str | pathlib.Path,
+  *,
+  stop_at: int = 0,
+  accept_changes: bool = False,
 ) -> int:
   """Runs an experiment from its newest checkpoint to its report.
 
@@ -45,6 +30,7 @@ def train_and_evaluate(
     config: see jepa_jax.config.defaults.
     workdir: of this run alone; made if missing.
     stop_at: step at which to save and return early; 0 for the end.
+    accept_changes: goes on in a workdir whose run had other settings.
 
   Returns:
     Exit code: 0, or command.EXIT_PREEMPTED.
@@ -57,7 +43,7 @@ def train_and_evaluate(
 
   workdir = paths.local(workdir, "workdir")
   with owner_lib.Owner(workdir) as owner:
-    parts = _prepare(config, workdir, owner)
+    parts = _prepare(config, workdir, owner, accept_changes)
     total = parts.program.total_steps
     return _run(parts, workdir, min(stop_at or total, total))
 
@@ -70,12 +56,14 @@ class _Parts(NamedTuple):
     claim: the config as JSON values.
     open_data: function from a step to the data from there on.
     unreadable: what could not be read.
+    changes: settings that differ from those that the run began with.
   """
 
   program: Any
   claim: dict[str, Any]
   open_data: Any
   unreadable: Any
+  changes: list[str]
 
 
 def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
@@ -85,7 +73,7 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
   from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
 
-  program, claim, open_data, unreadable = parts
+  program, claim, open_data, unreadable, changes = parts
   config = program.config
   with (
     distributed.Stopper() as stopper,
@@ -93,7 +81,7 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
       workdir / "checkpoints", config.checkpoint, claim
     ) as checkpoints,
   ):
-    state = _first_state(program, checkpoints, workdir)
+    state = _first_state(program, checkpoints)
     start = int(state.step)
     run = log_lib.Run(workdir, program, start)
     with (
@@ -105,6 +93,8 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
         config.data.prefetch,
       ) as batches,
     ):
+      if changes:
+        log.say(f"goes on from step {start} with {'; '.join(changes)}")
       loop = _make_loop(
         program, state, batches, log, stopper, unreadable, end, checkpoints
       )
@@ -130,7 +120,9 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
   return 0
 
 
-def _prepare(config: Any, workdir: pathlib.Path, owner: Any) -> _Parts:
+def _prepare(
+  config: Any, workdir: pathlib.Path, owner: Any, accept: bool
+) -> _Parts:
   """The parts of a run.
 
   All that is wrong with config, workdir, data and evaluations shows here, not
@@ -145,18 +137,20 @@ def _prepare(config: Any, workdir: pathlib.Path, owner: Any) -> _Parts:
   from jepa_jax.training import log as log_lib
   from jepa_jax.training import program as program_lib
   from jepa_jax.training import sharding
+  from jepa_jax.training import workdir as workdir_lib
 
   config_lib.check(config)
   evaluation.check(config)
-  claim = describe(config)
+  claim = workdir_lib.describe(config)
   unreadable = unreadable_lib.Unreadable(config.data.max_unreadable)
   with distributed.first_process_first("data"):
-    check_workdir(claim, workdir)
+    changes = workdir_lib.check(claim, workdir, accept)
     first = not jax.process_index()
     if first and workdir.exists():
       owner.acquire()  # before anything takes long
     config = evaluation.resolve(config)
     program = program_lib.build(config, sharding.make_mesh(config.mesh))
+    program_lib.check_memory(program)
     open_data = lambda start: pipeline.train_dataset(
       config,
       program.objective.batch_spec(config.batch_size),
@@ -167,27 +161,46 @@ def _prepare(config: Any, workdir: pathlib.Path, owner: Any) -> _Parts:
     )
     open_data(0)
     evaluation.check_data(config)
+    _check_first_state(program, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if first:
       owner.acquire()
-      check_workdir(claim, workdir)  # another run may have begun here
+      workdir_lib.check(
+        claim, workdir, accept
+      )  # another run may have begun here
       text = json.dumps(claim, indent=2) + "\n"
       log_lib.write_whole(workdir / "config.json", text)
-  return _Parts(program, claim, open_data, unreadable)
+  return _Parts(program, claim, open_data, unreadable, changes)
 
 
-def _first_state(program: Any, checkpoints: Any, workdir: pathlib.Path) -> Any:
+def _check_first_state(program: Any, workdir: pathlib.Path) -> None:
+  """Raises ValueError where `_first_state` would: nothing is written yet."""
+  config, folder = program.config, workdir / "checkpoints"
+  begun = any(folder.glob("[0-9]*"))
+  if begun and not config.checkpoint.resume:
+    raise ValueError(
+      f"{workdir} holds checkpoints and checkpoint.resume is off; use "
+      "another workdir."
+    )
+  if config.init_from and not begun:
+    from jepa_jax.convert import warm_start
+
+    warm_start.check(
+      program.state_spec,
+      config.init_from,
+      which=config.init_which,
+      strict=config.init_strict,
+      networks=program.objective.networks,
+    )
+
+
+def _first_state(program: Any, checkpoints: Any) -> Any:
   """The newest checkpoint's state, or a fresh one, perhaps with weights."""
   config = program.config
   if config.checkpoint.resume:
     state = checkpoints.restore(program.state_spec)
     if state is not None:
       return state
-  elif checkpoints.steps():
-    raise ValueError(
-      f"{workdir} holds checkpoints and checkpoint.resume is off; use "
-      "another workdir."
-    )
   state = program.init(config.seed)
   if config.init_from:
     from jepa_jax.convert import warm_start
@@ -283,60 +296,16 @@ def _next_due(step: int, every: Iterable[int], at: Iterable[int]) -> int:
   return min([*due, *(n for n in at if n > step)])
 
 
-def describe(config: Any) -> dict[str, Any]:
-  """A config as plain JSON values."""
-  return json.loads(json.dumps(config.to_dict()))
-
-
-def check_workdir(claim: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Raises ValueError if the workdir holds a run of another config."""
-  from jepa_jax import config as config_lib
-
-  path = workdir / "config.json"
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"workdir {workdir} is a file; name a folder.")
-  if not path.exists():
-    return
-  try:
-    old = config_lib.flatten(describe(config_lib.read(path)))
-  except ValueError:
-    old = config_lib.flatten(_rebuild_config(path))
-  new = config_lib.flatten(claim)
-  changed = [
-    f"{key}={old.get(key)!r} there, {new.get(key)!r} here"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
-  ]
-  if changed:
-    raise ValueError(
-      f"workdir {workdir} holds a run of another config ("
-      f"{'; '.join(changed)}); use another workdir or that config."
-    )
-
-
-def _rebuild_config(path: pathlib.Path) -> dict[str, Any]:
-  """Writes a damaged config.json anew, from what checkpoints know of it."""
-  from jepa_jax import config as config_lib
-  from jepa_jax.training import checkpoints
-  from jepa_jax.training import log as log_lib
-
-  claim = checkpoints.claim_of_newest(path.parent / "checkpoints")
-  if claim is None:
-    raise ValueError(
-      f"{path} cannot be read; remove it or use another workdir."
-    )
-  print(f"{path} is damaged: taken from a checkpoint", file=sys.stderr)
-  log_lib.write_whole(path, json.dumps(claim, indent=2) + "\n")
-  return describe(config_lib.read(path))
-
-
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   from jepa_jax.training import compile_cache
 
   compile_cache.use(arguments.config.compute.cache)
   return train_and_evaluate(
-    arguments.config, arguments.workdir, stop_at=arguments.stop_at
+    arguments.config,
+    arguments.workdir,
+    stop_at=arguments.stop_at,
+    accept_changes=arguments.accept_changes,
   )
 
 
@@ -351,13 +320,20 @@ if __name__ == "__main__":
   flags.add_argument(
     "--workdir",
     required=True,
+    type=keys.flag(keys.Text("the path of a folder", False), "workdir"),
     help="folder of this run; resumed if it holds one",
   )
   flags.add_argument(
     "--stop_at",
-    type=int,
+    type=keys.flag(keys.whole(0, 10**9), "stop_at"),
     default=0,
     metavar="STEP",
     help="save and stop at this step (exit code 75); 0: the end",
+  )
+  flags.add_argument(
+    "--accept_changes",
+    action="store_true",
+    help="go on from the newest checkpoint of a workdir whose run had other "
+    "settings, and say which",
   )
   command.run(main, flags, tune_allocator=True)

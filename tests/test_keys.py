@@ -12,30 +12,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from jepa_jax import command, config_table, keys, objectives
+from jepa_jax import (
+  command,
+  config_table,
+  durations,
+  keys,
+  known_keys,
+  objectives,
+)
 from jepa_jax import config as config_lib
 
 OUTSIDE_OBJECTIVE = "outside_objective:Outside"
-NAMES = (*objectives.OBJECTIVES, OUTSIDE_OBJECTIVE)
 
 
-def all_keys():
-  """Name in a message -> key of the table, evaluations and objectives."""
-  found = dict(config_table.KEYS)
-  for name, key in config_table.EVALUATION.items():
-    found[f"evaluations.x.{name}"] = key
-  for objective in NAMES:
-    for name, key in config_lib.method_keys(objective).items():
-      found[f"method.{name}"] = key
-  return found
+def rows():
+  """(name in a message, key, objective) of the package and of the tests."""
+  for name, key, objective in known_keys.of_package():
+    yield name.replace(".NAME.", ".x."), key, objective
+  for name, key in known_keys.of_objective(OUTSIDE_OBJECTIVE).items():
+    yield f"method.{name}", key, OUTSIDE_OBJECTIVE
 
 
-KEYS = all_keys()
-OWNER = {  # key of a method -> the objective that declares it
-  f"method.{key}": name
-  for name in NAMES
-  for key in config_lib.method_keys(name)
-}
+ROWS = list(rows())
+every_key = pytest.mark.parametrize(
+  "name, key, objective", ROWS, ids=[f"{row[2]}{row[0]}" for row in ROWS]
+)
 
 
 # ---------------------------------------------------------------------------
@@ -177,7 +178,7 @@ UNITS = ("steps", "epochs", "examples", "step")
 
 
 @inside.register
-def _(kind: keys.Span):
+def _(kind: durations.Span):
   amount = st.integers(not kind.zero, 10**9)
   spans = st.tuples(amount, st.sampled_from(UNITS))
   texts = spans.map(lambda x: f"{x[0]} {x[1]}")
@@ -185,7 +186,7 @@ def _(kind: keys.Span):
 
 
 @outside.register
-def _(kind: keys.Span):
+def _(kind: durations.Span):
   wrong = ["", "many", "-1 steps", "nan steps", "inf epochs", "1e400 steps"]
   wrong += [
     "3 weeks",
@@ -204,11 +205,6 @@ def _(kind: keys.Span):
 # ---------------------------------------------------------------------------
 
 
-def table_check(name, value):
-  """What check does with one key, whatever relates it to others."""
-  KEYS[name].kind.check(name, value)
-
-
 quick = settings(
   max_examples=40,
   deadline=None,
@@ -218,57 +214,48 @@ quick = settings(
 )
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_the_default_is_inside_and_said_in_words(name):
-  key = KEYS[name]
-  table_check(name, key.default)
+@every_key
+def test_the_default_is_inside_and_said_in_words(name, key, objective):
+  key.kind.check(name, key.default)
   assert key.doc and str(key.kind) and "\n" not in key.doc + str(key.kind)
+  text = key.default if isinstance(key.default, str) else repr(key.default)
+  assert keys.read(key.kind, name, text) == key.default
 
 
-@pytest.mark.parametrize("name", KEYS)
+@every_key
 @quick
 @given(data=st.data())
-def test_what_is_inside_passes(name, data):
-  value = data.draw(inside(KEYS[name].kind))
-  table_check(name, value)
+def test_what_is_inside_passes(name, key, objective, data):
+  key.kind.check(name, data.draw(inside(key.kind)))
 
 
-@pytest.mark.parametrize("name", KEYS)
+@every_key
 @quick
 @given(data=st.data())
-def test_what_is_outside_is_one_line_that_names_the_key(name, data):
-  value = data.draw(outside(KEYS[name].kind))
+def test_what_is_outside_is_one_line_that_names_the_key(
+  name, key, objective, data
+):
+  value = data.draw(outside(key.kind))
   with pytest.raises(ValueError) as error:
-    table_check(name, value)
-  assert name in str(error.value)
-  assert len(" ".join(str(error.value).split())) < 600
+    key.kind.check(name, value)
+  assert name in str(error.value) and len(str(error.value)) < 600
 
 
-def with_value(name, value):
-  """A small config with one other value, as an experiment would set it."""
+@every_key
+def test_check_walks_the_whole_table(name, key, objective):
   config = conftest.small_config()
-  if name in OWNER:
-    config.objective = OWNER[name]
-    config_lib.fill_method(config)
+  config.objective = objective or config.objective
+  config_lib.fill_method(config)
   config.evaluations.x = config_lib.evaluation("count")
   *parents, leaf = name.split(".")
   node = functools.reduce(lambda node, part: node[part], parents, config)
   with config.ignore_type():
-    node[leaf] = value
-  return config
-
-
-@pytest.mark.parametrize("name", KEYS)
-def test_check_walks_the_whole_table(name):
+    node[leaf] = object()
   with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-    config_lib.check(with_value(name, object()))
+    config_lib.check(config)
 
 
-def test_a_value_is_read_from_the_command_line_as_its_kind_says():
-  for name, key in KEYS.items():
-    value = key.default
-    text = value if isinstance(value, str) else repr(value)
-    assert keys.read(key.kind, name, text) == value, name
+def test_numbers_are_read_from_the_command_line_as_their_kind_says():
   assert keys.read(keys.whole(1, 10**7), "n", "1e6") == 10**6
   assert type(keys.read(keys.number(0.0), "x", "1")) is float
 
@@ -322,4 +309,6 @@ def test_an_objective_without_its_keys_is_told_how_to_get_them():
 
 def test_the_default_objective_has_no_keys_of_its_own():
   default = config_table.KEYS["objective"].default
-  assert not objectives.load(default).keys  # config.method_keys counts on it
+  assert not objectives.load(
+    default
+  ).keys  # known_keys.of_objective counts on it

@@ -18,12 +18,12 @@ ORDER = (
   "evaluation",
   "planning",
   "training",
-  *("config", "config_table"),
+  *("config", "known_keys", "config_table"),
   *("data", "render"),
   "objectives",
   "masks",
   "models",
-  "keys",
+  *("durations", "keys"),
   "paths",
 )
 # Below them, and yet not for them: commands hand such things in.

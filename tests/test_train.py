@@ -16,12 +16,13 @@ import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
-from jepa_jax import command, evaluate, train
+from jepa_jax import command, durations, evaluate, train
 from jepa_jax import config as config_lib
 from jepa_jax.evaluation import encoders
 from jepa_jax.objectives import ijepa
 from jepa_jax.planning import chips
 from jepa_jax.training import checkpoints, distributed, log
+from jepa_jax.training import workdir as workdir_lib
 
 
 @pytest.fixture
@@ -438,17 +439,36 @@ def test_a_workdir_of_another_config_is_refused(run_config, stopped):
     train.train_and_evaluate(run_config, stopped)
 
 
+def test_a_run_goes_on_with_corrected_settings_where_they_are_accepted(
+  run_config, stopped, capfd
+):
+  run_config.data.crop_scale = (0.5, 0.75)
+  with pytest.raises(ValueError, match="crop_scale=.*--accept_changes"):
+    train.train_and_evaluate(run_config, stopped, stop_at=5)
+  assert "crop_scale" not in capfd.readouterr().err
+  code = train.train_and_evaluate(
+    run_config, stopped, stop_at=5, accept_changes=True
+  )
+  assert code == command.EXIT_PREEMPTED
+  said = capfd.readouterr().err
+  assert "goes on from step 4 with data.crop_scale=[0.3, 1.0] there" in said
+  assert "[0.5, 0.75] here" in said
+  stored = config_lib.read(stopped / "config.json")
+  assert stored.data.crop_scale == (0.5, 0.75)  # from now on it is the run's
+  assert train.train_and_evaluate(run_config, stopped, stop_at=5)
+
+
 def test_a_key_that_an_older_version_lacked_may_keep_its_default(
   config, tmp_path
 ):
-  claim = train.describe(config)
+  claim = workdir_lib.describe(config)
   old = json.loads(json.dumps(claim))
   del old["optimizer"]["mu_dtype"]
   (tmp_path / "config.json").write_text(json.dumps(old))
-  train.check_workdir(claim, tmp_path)
+  workdir_lib.check(claim, tmp_path)
   claim["optimizer"]["mu_dtype"] = "bfloat16"
   with pytest.raises(ValueError, match="mu_dtype='float32' there"):
-    train.check_workdir(claim, tmp_path)
+    workdir_lib.check(claim, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +616,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
   ],
 )
 def test_what_is_longer_than_nothing_is_at_least_a_step(text, steps):
-  duration = config_lib.Duration.parse(text, "total")
+  duration = durations.Duration.parse(text, "total")
   assert duration.steps(batch_size=136, num_examples=36) == steps
 
 
@@ -696,15 +716,15 @@ def test_a_damaged_config_is_taken_from_a_checkpoint(
   path = stopped / "config.json"
   whole = path.read_text()
   path.write_text(damage)
-  claim = train.describe(run_config)
-  train.check_workdir(claim, stopped)
+  claim = workdir_lib.describe(run_config)
+  workdir_lib.check(claim, stopped)
   assert "is damaged: taken from a checkpoint" in capsys.readouterr().err
   assert path.read_text() == whole
   path.write_text(damage)
   claim["encoder"]["mlp_ratio"] = 2.0
   with pytest.raises(ValueError, match="another config"):
-    train.check_workdir(claim, stopped)
+    workdir_lib.check(claim, stopped)
   path.write_text(damage)
   shutil.rmtree(stopped / "checkpoints")
   with pytest.raises(ValueError, match="cannot be read; remove it or use"):
-    train.check_workdir(claim, stopped)
+    workdir_lib.check(claim, stopped)

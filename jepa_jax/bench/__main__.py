@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from jepa_jax import bench, command
+from jepa_jax import bench, command, keys
 from jepa_jax.bench import data, loop, masks, step
 
 
@@ -52,7 +52,8 @@ def show(rows: list[bench.Row]) -> str:
 
 def _grid(text: str) -> tuple[int, int]:
   height, _, width = text.partition("x")
-  return int(height), int(width or height)
+  side = keys.flag(keys.whole(1, 1024, "patches"), "grid")
+  return side(height), side(width or height)
 
 
 def parser(what: str) -> argparse.ArgumentParser:
@@ -62,18 +63,21 @@ def parser(what: str) -> argparse.ArgumentParser:
     description=bench.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+
+  def add_number(name: str, least: int, **options: Any) -> None:
+    kind = keys.whole(least, 10**7)
+    flags.add_argument(name, type=keys.flag(kind, name[2:]), **options)
+
   flags.add_argument("what", choices=("masks", "data", "step", "loop"))
   flags.add_argument("--json", action="store_true", help="a JSON list of rows")
-  flags.add_argument("--rounds", type=int, default=5)
+  add_number("--rounds", 1, default=5, help="of timing")
   if what == "loop":
     command.add_config_flag(flags)
-    flags.add_argument(
-      "--steps", type=int, default=0, help="a round; 0: as many as a log row"
-    )
+    add_number("--steps", 0, default=0, help="a round; 0: as many as a log row")
     return flags
   if what == "step":
     command.add_config_flag(flags)
-    flags.add_argument("--steps", type=int, default=4, help="a round")
+    add_number("--steps", 1, default=4, help="a round")
     flags.add_argument(
       "--profile",
       default="",
@@ -81,8 +85,8 @@ def parser(what: str) -> argparse.ArgumentParser:
       help="writes a trace of further steps, for xprof and TensorBoard",
     )
     return flags
-  flags.add_argument("--batch_size", type=int, default=128, help="images")
-  flags.add_argument("--batches", type=int, default=0, help="timed a round")
+  add_number("--batch_size", 1, default=128, help="images")
+  add_number("--batches", 0, default=0, help="timed a round")
   if what == "masks":
     flags.add_argument(
       "--sampler", nargs="+", default=[], help="default: all there are"
@@ -108,26 +112,20 @@ def parser(what: str) -> argparse.ArgumentParser:
       help=f"times the first batch from step {data.RESUME_STEP:,} of a run "
       f"over {data.IMAGENET:,} small records instead",
     )
-    flags.add_argument(
+    add_number(
       "--files",
-      type=int,
+      0,
       default=0,
       help="times the listing of a folder of so many images instead, a "
       "multiple of 1000",
     )
-    flags.add_argument(
-      "--cores", type=int, default=0, help="to run on; 0: all there are"
-    )
-    flags.add_argument("--images", type=int, default=512, help="JPEGs to make")
+    add_number("--cores", 0, default=0, help="to run on; 0: all there are")
+    add_number("--images", 1, default=512, help="JPEGs to make")
   return flags
 
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
-  keys = ("rounds", "images", "batch_size")
-  for key in keys if arguments.what == "loop" else (*keys, "steps"):
-    if getattr(arguments, key, 1) < 1:
-      raise ValueError(f"--{key} is {getattr(arguments, key)}; at least 1.")
   if arguments.what == "masks":
     use_cores(1)
     rows = masks.measure(

@@ -30,7 +30,7 @@ import argparse
 import pathlib
 import sys
 
-from jepa_jax import command
+from jepa_jax import command, keys
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,22 +50,24 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_argument(
     "--num_heads",
-    type=int,
+    type=keys.flag(keys.whole(0, 2**14), "num_heads"),
     default=0,
     help="of a released checkpoint that is of no known size",
   )
   flags.add_argument(
     "--predictor_heads",
-    type=int,
+    type=keys.flag(keys.whole(0, 2**14), "predictor_heads"),
     default=0,
     help="the same of its predictor; default: as the encoder",
   )
   flags.add_argument(
-    "--step", type=int, help="checkpoint of a run; default: the newest"
+    "--step",
+    type=keys.flag(keys.whole(0, 10**9), "step"),
+    help="checkpoint of a run; default: the newest",
   )
   flags.add_argument(
     "--image_size",
-    type=int,
+    type=keys.flag(keys.whole(1, 16_384, "pixels"), "image_size"),
     nargs="+",
     metavar="PIXELS",
     help="fit the positions to this size, or height and width",

@@ -43,6 +43,37 @@ def warm_start(
     ValueError: the weights cannot be read, or in strict mode a network is
       missing or has missing, extra or misshapen parameters: all are listed.
   """
+  parts, problems = _fill(state, path, which, strict, networks)
+  for problem in problems:
+    logging.warning("warm start leaves as it was: %s", problem)
+  put = lambda new, old: (
+    # A copy: the train step overwrites its state.
+    old if new is old else jax.device_put(np.array(new), old.sharding)
+  )
+  old_parts = {part: dict(getattr(state, part)) for part in parts}
+  return state.replace(**jax.tree.map(put, parts, old_parts))
+
+
+def check(
+  state_spec: program_lib.TrainState,
+  path: str | os.PathLike[str],
+  *,
+  which: str | None = None,
+  strict: bool = True,
+  networks: Mapping[str, Any] | None = None,
+) -> None:
+  """Raises what `warm_start` would, from shapes alone: see there."""
+  _fill(state_spec, path, which, strict, networks)
+
+
+def _fill(
+  state: program_lib.TrainState,
+  path: str | os.PathLike[str],
+  which: str | None,
+  strict: bool,
+  networks: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], list[str]]:
+  """Parts of a state with the weights' leaves, and what does not fit."""
   weights = formats.read(path, which)
   if which is None:
     (which,) = weights.networks
@@ -69,9 +100,7 @@ def warm_start(
       f"{path} does not fit the configured networks: {'; '.join(problems)}. "
       "Change the config, or load the rest with init_strict=False."
     )
-  for problem in problems:
-    logging.warning("warm start leaves as it was: %s", problem)
-  return state.replace(**parts)
+  return parts, problems
 
 
 def _other_heads(weights: weights_lib.Weights, name: str, network: Any) -> str:
@@ -110,10 +139,7 @@ def _replace(old: Any, new: Any) -> tuple[Any, str]:
   needed = weights_lib.flatten("", old)
   shapes = lambda tree: {k[1:]: tuple(x.shape) for k, x in tree.items()}
   leaves = [
-    # A copy: the train step overwrites its state.
-    jax.device_put(np.array(flat[key]), leaf.sharding)
-    if key in flat and flat[key].shape == leaf.shape
-    else leaf
+    flat[key] if key in flat and flat[key].shape == leaf.shape else leaf
     for key, leaf in needed.items()
   ]
   different = table.missing_and_extra(shapes(flat), shapes(needed))

@@ -53,10 +53,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       config_lib.choose(
         f"baseline of evaluation {name}", baseline, encoders.BASELINES
       )
-  if scored and config.checkpoint.best_metric:
-    config_lib.choose(
-      "checkpoint.best_metric", config.checkpoint.best_metric, scored
-    )
+  if best_metric := config.checkpoint.best_metric:
+    config_lib.choose("checkpoint.best_metric", best_metric, scored or ["none"])
   if config.evaluations:
     objective = objectives.load(config.objective).from_config(config)
     encoders.check(config, objective.networks)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from jepa_jax import keys
+
 EXIT_LOST = 69  # EX_UNAVAILABLE: another process is gone; start all again
 
 HEARTBEAT_SECONDS = 30  # without a sign of life, a process counts as lost
@@ -38,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
   group.add_argument(
     "--processes",
-    type=int,
+    type=keys.flag(keys.whole(1, 1024), "processes"),
     default=1,
     metavar="N",
     help="start N processes on the CPU of this machine",
@@ -49,9 +51,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="process 0's host, and a port that is free there",
   )
   group.add_argument(
-    "--num_processes", type=int, metavar="N", help="1: run alone"
+    "--num_processes",
+    type=keys.flag(keys.whole(1, 10**6), "num_processes"),
+    metavar="N",
+    help="1: run alone",
   )
-  group.add_argument("--process_id", type=int, metavar="I", help="from 0")
+  group.add_argument(
+    "--process_id",
+    type=keys.flag(keys.whole(0, 10**6), "process_id"),
+    metavar="I",
+    help="from 0",
+  )
 
 
 def join(flags: argparse.Namespace) -> None:

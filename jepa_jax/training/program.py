@@ -6,6 +6,8 @@ them needs files, data or TensorFlow for it.
 
 from collections.abc import Callable
 import dataclasses
+import math
+import os
 from typing import Any
 
 import flax.struct
@@ -284,6 +286,30 @@ def _join(losses: objectives.Loss) -> objectives.Loss:
     ),
     buffers=mean(losses.buffers),
   )
+
+
+def check_memory(program: Program) -> None:
+  """Finds out from shapes alone whether a device can hold the state.
+
+  Raises:
+    ValueError: state and batch are larger than a device's memory.
+  """
+  device = program.mesh.devices.flat[0]
+  stats = device.memory_stats() or {}
+  memory = stats.get("bytes_limit", 0)
+  if device.platform == "cpu" and hasattr(os, "sysconf"):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory //= jax.local_device_count()
+  needed = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves((program.state_spec, program.batch_spec))
+  )
+  if memory and needed > memory:
+    raise ValueError(
+      f"state and batch are {needed / 2**30:,.1f} GiB a device, and a "
+      f"{device.device_kind} has {memory / 2**30:,.1f}; make encoder, "
+      "predictor or batch_size smaller, or split them by mesh.fsdp."
+    )
 
 
 def _nearest_multiples(batch_size: int, unit: int) -> str:

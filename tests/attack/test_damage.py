@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jepa_jax import checkpoints as checkpoints_command
-from jepa_jax import train
 from jepa_jax.convert import formats
 from jepa_jax.training import checkpoints
+from jepa_jax.training import workdir as workdir_lib
 
 SAVED = (2, 4)  # steps; damage is done to the newest
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_without_digests_is_restored_and_says_so(
 def test_load_and_convert_take_no_damaged_weights(
   folder, _saved, tmp_path, caplog
 ):
-  claim = train.describe(conftest.small_config())
+  claim = workdir_lib.describe(conftest.small_config())
   (tmp_path / "config.json").write_text(json.dumps(claim))
   encoder = lambda: formats.read(tmp_path, None).networks["target"]
   newest = encoder()

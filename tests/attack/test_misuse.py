@@ -1,0 +1,294 @@
+"""What users get wrong: one line that names it, code 2, and nothing written.
+
+Every misuse goes through the command itself, in this process. A new key joins
+by its row in the table of keys, see test_keys.py; all else is a row below.
+"""
+
+import json
+import os
+import runpy
+import sys
+
+import conftest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+import pytest
+from test_keys import outside, quick
+
+from jepa_jax import command, config_table, keys
+
+TRAIN = "jepa_jax.train"
+QUICKSTART = str(conftest.EXPERIMENTS / "quickstart.py")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+  """Gives a command its arguments as a shell would: (code, standard error).
+
+  The folder that it is started in is empty, and has to be afterwards.
+  """
+  folder = tmp_path / "here"
+  folder.mkdir()
+  monkeypatch.chdir(folder)
+  monkeypatch.setenv("GLIBC_TUNABLES", "")  # or Python starts anew
+  # This process is in use already: it can join no others.
+  monkeypatch.setattr(command.distributed, "join", lambda flags: None)
+
+  def call(module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+      runpy.run_module(module, run_name="__main__")
+    assert os.listdir(folder) == []
+    return stop.value.code or 0, capsys.readouterr().err
+
+  return call
+
+
+def is_refused(result, *words):
+  code, said = result
+  assert code == 2, said
+  assert said.count("\n") == 1 and "Traceback" not in said, said
+  for word in words:
+    assert word in said, said
+
+
+# ---------------------------------------------------------------------------
+# Keys of the config.
+
+
+# Of the others every text on one line is a value.
+NAMES = [
+  name
+  for name, key in config_table.KEYS.items()
+  if key.kind != keys.Text(getattr(key.kind, "what", ""))
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(quick, max_examples=2)
+@given(data=st.data())
+def test_a_value_outside_of_its_range(call, name, data):
+  kind = config_table.KEYS[name].kind
+  value = data.draw(outside(kind))
+  text = value if isinstance(value, str) else repr(value)
+  assume(text.isprintable() and not fits(kind, text))
+  flags = ("--config", QUICKSTART, "--workdir", "w")
+  is_refused(call(TRAIN, *flags, f"--config.{name}={text}"), name)
+
+
+def fits(kind, text):
+  """Whether a text is a value on the command line, such as "1" for True."""
+  try:
+    keys.read(kind, "key", text)
+  except ValueError:
+    return False
+  return True
+
+
+RELATIONS = {
+  "batch_size=62|accumulate_steps=4": "not a multiple",
+  "data.mean=(0.5,)": "one a channel",
+  "data.std=(0.5,0.5)": "one a channel",
+  "data.channels=1": "one a channel",
+  "encoder.num_heads=5": "encoder.width 64 needs to be a multiple of 4 and of",
+  "encoder.width=66": "multiple of 4",
+  "predictor.num_heads=5": "predictor.width",
+  "optimizer.warmup=2000 steps": "make the warm-up shorter",
+  "optimizer.warmup=100 %": "make the warm-up shorter",
+  "total=1e12 steps": "the most",
+  "total=1e9 epochs": "the most",
+  "compute.attention=cudnn": "16 bits",
+  "data.image_size=4096|encoder.patch_size=4": "the most are 16,384",
+  "encoder.width=65536|encoder.depth=256": "parameters; the most",
+  "encoder.width=1000000000": "encoder.width is 1000000000",
+  "data.image_size=100000": "data.image_size is 100000",
+  "optimizer.lr=-0.001": "optimizer.lr is -0.001",
+  "optimizer.clip_norm=-1": "optimizer.clip_norm is -1",
+  "optimizer.b1=1.5": "from 0, below 1",
+  "momentum=(0.9,1.1)": "momentum[1] is 1.1",
+  "encoder.dropout=1.5": "encoder.dropout is 1.5",
+  "data.crop_scale=(1.0,0.3)": "min <= max",
+  "data.std=(1e999,1,1)": "data.std[0] is inf",
+  "checkpoint.keep=0": "checkpoint.keep is 0",
+  "data.source": "--config.data.source=...",
+  "dta.source=folder": "nearest: data.source",
+  "objective=nothing": "known: ijepa",
+  "objective=nowhere:Nothing": "cannot be imported",
+  "method.nothing=1": "unknown config key",
+  "evaluations.cuont=": 'did you mean "count"',
+  "evaluations=none": "NAME=LABEL",
+  "evaluations.count.protocols=linear": "needs a list of 1 or more",
+  "evaluations.count.protocols=()": "needs a list of 1 or more",
+  "evaluations.count.features=(4,)": "features[0] is 4",
+  "evaluations.count.train=": "evaluations.count.train",
+  "evaluations.count.data.image_size=-3": "count.data.image_size is -3",
+}
+
+
+@pytest.mark.parametrize("overrides", RELATIONS)
+def test_values_that_do_not_fit_together(call, overrides):
+  flags = [f"--config.{override}" for override in overrides.split("|")]
+  flags = ("--config", QUICKSTART, "--workdir", "w", *flags)
+  is_refused(call(TRAIN, *flags), RELATIONS[overrides])
+
+
+# ---------------------------------------------------------------------------
+# Files of configs.
+
+EXPERIMENTS = {
+  "def get_config(:": "line 1: SyntaxError",
+  "x = 1": "defines no get_config",
+  "get_config = 3": "defines no get_config",
+  "def get_config(): return 3": "get_config returns int",
+  "def get_config(): return None": "get_config returns NoneType",
+  "def get_config(): return {'batch_size': 3}": "get_config returns dict",
+  "import nowhere_to_be_found": "line 1: ModuleNotFoundError: No module named",
+  "\ndef get_config(): return 1 / 0": "line 2: ZeroDivisionError",
+  "def get_config(a, b): return a": "TypeError: get_config() missing",
+  "def get_config(): raise ValueError('no such thing')": "no such thing",
+  "\0": "null bytes",
+  "def get_config(): return get_config()": "RecursionError",
+  "CONFIG\n c.batch_sise = 3\n return c": "nearest: batch_size",
+  "CONFIG\n c.optimizer.lr = 'much'\n return c": "TypeError",
+  "CONFIG\n c.optimizer.lr = -1.0\n return c": "optimizer.lr is -1.0",
+  "CONFIG\n c.evaluations.x = 3\n return c": "evaluations.x",
+  "CONFIG\n c.evaluations = 3\n return c": "evaluations",
+  "CONFIG\n del c.masks\n return c": "has no masks.name",
+  "CONFIG\n c.data = 3\n return c": "data",
+}
+
+
+@pytest.mark.parametrize("text", EXPERIMENTS)
+def test_files_that_are_no_config(call, tmp_path, text):
+  path = tmp_path / "experiment.py"
+  begin = (
+    "from jepa_jax import config\ndef get_config():\n c = config.defaults()"
+  )
+  path.write_text(text.replace("CONFIG", begin))
+  result = call(TRAIN, "--config", str(path), "--workdir", "w")
+  is_refused(result, EXPERIMENTS[text], str(path) * ("CONFIG" not in text))
+
+
+def without(key):
+  stored = json.loads(json.dumps(conftest.small_config().to_dict()))
+  del stored[key]
+  return json.dumps(stored)
+
+
+def changed(key, value):
+  config = conftest.small_config()
+  with config.ignore_type():
+    config[key] = value
+  return json.dumps(config.to_dict())
+
+
+STORED = {
+  "[]": "[]",
+  "null": "null",
+  "{}": "{}",
+  "text": "batch_size: 3",
+  "nothing": "",
+  "torn": json.dumps(conftest.small_config().to_dict())[:400],
+  "deep": "[" * 100_000,
+  "a number": "3",
+  "no encoder": without("encoder"),
+  "no data": without("data"),
+  "batch_size": changed("batch_size", -4),
+  "NaN": changed("batch_size", float("nan")),
+  "group": changed("optimizer", 3),
+  "evaluations": changed("evaluations", [1]),
+  "evaluation": changed("evaluations", {"x": 3}),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_config_json_that_is_none(call, tmp_path, name):
+  path = tmp_path / "config.json"
+  path.write_text(STORED[name])
+  result = call("jepa_jax.evaluate", "--workdir", str(tmp_path))
+  is_refused(result, str(path), "cannot be read")
+  assert sorted(os.listdir(tmp_path)) == ["config.json", "here"]
+
+
+# ---------------------------------------------------------------------------
+# Flags and folders.
+
+C = ("--config", QUICKSTART)
+FLAGS = [
+  ((TRAIN,), "required: --config, --workdir"),
+  ((TRAIN, *C), "required: --workdir"),
+  ((TRAIN, *C, "--workdir"), "--workdir: expected one argument"),
+  ((TRAIN, *C, "--workdir", ""), "--workdir is ''"),
+  ((TRAIN, *C, "--workdir", "a\nb"), "--workdir is"),
+  ((TRAIN, *C, "--workdir", "/dev/null"), "is a file"),
+  ((TRAIN, *C, "--workdir", "/dev/null/run"), "is a file"),
+  ((TRAIN, *C, "--workdir", "w", "--stop_at", "-3"), "--stop_at is -3"),
+  ((TRAIN, *C, "--workdir", "w", "--stop_at", "soon"), "--stop_at is"),
+  ((TRAIN, *C, "--workdir", "w", "--stop_at", "1.5"), "--stop_at is 1.5"),
+  ((TRAIN, *C, "--workdir", "w", "--stopat", "1"), "nearest: --stop_at"),
+  ((TRAIN, *C, "--workdir", "w", "--processes", "0"), "--processes is 0"),
+  ((TRAIN, *C, "--workdir", "w", "--processes", "nan"), "--processes is"),
+  ((TRAIN, *C, "--workdir", "w", "--process_id", "-1"), "--process_id is -1"),
+  ((TRAIN, *C, "--workdir", "w", "--num_processes", "0"), "--num_proc"),
+  (
+    (TRAIN, *C, "--workdir", "w", "--config.data.source", "folder"),
+    "--config.data.source=folder",
+  ),
+  ((TRAIN, *C, "--workdir", "w", "--config.total", "--x"), ".total=..."),
+  ((TRAIN, "--config", "nowhere.py", "--workdir", "w"), "no config file"),
+  ((TRAIN, "--config", "", "--workdir", "w"), "no config file"),
+  ((TRAIN, "--config", "/", "--workdir", "w"), "no config file"),
+  ((TRAIN, "--config", QUICKSTART + ":x", "--workdir", "w"), "variant"),
+  ((TRAIN, "--help_config", "optimiser"), "nearest: optimizer"),
+  (("jepa_jax.evaluate", "--workdir", "nowhere"), "holds no run"),
+  (("jepa_jax.evaluate", "--workdir", "w", "--step", "last"), "--step"),
+  (("jepa_jax.evaluate", "--config.seed=3"), "required"),
+  (("jepa_jax.plan", *C), "required: --topology"),
+  (("jepa_jax.plan", *C, "--topology", "v9:8"), "v9"),
+  (("jepa_jax.plan", *C, "--topology", ""), "known"),
+  (("jepa_jax.plan", *C, "--topology", "v5e:8x8", "--serach"), "--search"),
+  (("jepa_jax.bench",), "required: what"),
+  (("jepa_jax.bench", "all"), "invalid choice"),
+  (("jepa_jax.bench", "data", "--rounds", "0"), "--rounds is 0"),
+  (("jepa_jax.bench", "data", "--images", "-1"), "--images is -1"),
+  (("jepa_jax.bench", "data", "--cores", "-1"), "--cores is -1"),
+  (("jepa_jax.bench", "data", "--batch_size", "0"), "--batch_size is 0"),
+  (("jepa_jax.bench", "data", "--batches", "-1"), "--batches is -1"),
+  (("jepa_jax.bench", "data", "--files", "1e99"), "--files is"),
+  (("jepa_jax.bench", "masks", "--grid", "8xa"), "--grid"),
+  (("jepa_jax.bench", "masks", "--grid", "0x8"), "--grid is 0"),
+  (("jepa_jax.bench", "masks", "--grid", "1e9x8"), "--grid is"),
+  (("jepa_jax.bench", "masks", "--sampler", "x"), "known: block"),
+  (("jepa_jax.bench", "step", "--rounds", "1"), "required: --config"),
+  (("jepa_jax.bench", "step", *C, "--steps", "0"), "--steps is 0"),
+  (("jepa_jax.bench", "loop", *C, "--steps", "-1"), "--steps is -1"),
+  (("jepa_jax.prepare", "--image_size", "0"), "--image_size is 0"),
+  (("jepa_jax.prepare", "--image_size", "big"), "--image_size is"),
+  (("jepa_jax.prepare", "--num_scenes", "3"), "--num_scenes"),
+  (("jepa_jax.prepare", "--num_scenes", "0", "3"), "--num_scenes is 0"),
+  (("jepa_jax.prepare", "--source", "web"), "web"),
+  (("jepa_jax.prepare", "--source", "folder"), "data.name"),
+  (("jepa_jax.prepare", "--source", "folder", "--name", "no"), "no folder"),
+  (("jepa_jax.prepare", "--source", "scenes", "--download"), "--download"),
+  (("jepa_jax.convert",), "required: source, destination"),
+  (("jepa_jax.convert", "a"), "required: destination"),
+  (("jepa_jax.convert", "a", "b"), "a"),
+  (("jepa_jax.convert", "a", "b", "--num_heads", "-1"), "--num_heads is -1"),
+  (("jepa_jax.convert", "a", "b", "--image_size", "0"), "--image_size is 0"),
+  (("jepa_jax.convert", "a", "b", "--image_size", "9" * 9), "--image_size"),
+  (("jepa_jax.convert", "a", "b", "--step", "-1"), "--step is -1"),
+  (("jepa_jax.convert", "a", "b", "--positions", "none"), "invalid choice"),
+  (("jepa_jax.convert", "a", "b", "--config.seed=3"), "unknown flag"),
+]
+
+
+@pytest.mark.parametrize(
+  "arguments, words", FLAGS, ids=[" ".join(x) for x, _ in FLAGS]
+)
+def test_flags_that_are_none(call, arguments, words):
+  name, *rest = arguments
+  if name in ("jepa_jax.bench", "jepa_jax.convert"):
+    name += ".__main__"
+  is_refused(call(name, *rest), words)
