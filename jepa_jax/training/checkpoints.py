@@ -25,6 +25,7 @@ from jepa_jax.training import distributed
 from jepa_jax.training import program as program_lib
 
 _saves = itertools.count()  # alike in all processes
+_PROBE = ".probe"  # before the name of a folder that is removed at once
 _HALF = "*.orbax-checkpoint-tmp*"  # names that Orbax gives while it writes
 
 
@@ -68,7 +69,7 @@ class Checkpoints:
     self._claim = claim
     logging.get_absl_logger().addFilter(_is_ours)  # once, if it is there
     self.losses: list[tuple[int, float]] = []
-    if settings is not None:
+    if settings is not None and not jax.process_index():
       self._try_to_write()
     elif not self._folder.is_dir():
       raise ValueError(f"no checkpoints in {self._folder}.")
@@ -83,6 +84,8 @@ class Checkpoints:
     if settings is not None and not jax.process_index():
       # Before anything is saved: Orbax would remove these in a thread, which
       # fails the save where that of the manager before is still at it.
+      for half in self._folder.glob(f"{_PROBE}*"):
+        shutil.rmtree(half, ignore_errors=True)
       for half in self._folder.glob(_HALF):
         logging.warning("half-written checkpoint %s is removed", half.name)
         shutil.rmtree(half, ignore_errors=True)
@@ -199,7 +202,7 @@ class Checkpoints:
 
   def _probe(self) -> None:
     """Raises OSError if no folder and no file in it can be made."""
-    with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as folder:
+    with tempfile.TemporaryDirectory(dir=self._folder, prefix=_PROBE) as folder:
       (pathlib.Path(folder) / "probe").write_bytes(bytes(4096))
 
   def _check_room(self) -> None:

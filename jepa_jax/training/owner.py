@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -71,6 +72,7 @@ class Owner:
     while not self._create(text):
       self._wait_until_gone()
     self._text = text
+    self._sweep()
     threading.Thread(target=self._keep, daemon=True).start()
 
   def _create(self, text: str) -> bool:
@@ -112,18 +114,30 @@ class Owner:
         )
       time.sleep(_LOOK_SECONDS)
 
+  def _sweep(self) -> None:
+    """Removes what killed processes had begun to write; see log.write_whole."""
+    if sys.platform != "linux":
+      return  # `_born` tells nothing
+    for path in self._workdir.glob(".*"):
+      process = re.fullmatch(r"\..+\.(\d+)", path.name)
+      if process and not _born(int(process[1])):
+        path.unlink(missing_ok=True)
+
   def _age(self, touched: float) -> float:
     """Seconds since then, by the clock that the file system has."""
-    probe = self._path.with_name(f".owner.{uuid.uuid4().hex}")
+    probe = self._beside()
     probe.touch()
     try:
       return probe.stat().st_mtime - touched
     finally:
       probe.unlink(missing_ok=True)
 
+  def _beside(self) -> pathlib.Path:
+    return self._path.with_name(f".owner.{uuid.uuid4().hex}.{os.getpid()}")
+
   def _remove(self, text: str) -> bool:
     """Removes the file if it still holds that; of many, one is told True."""
-    aside = self._path.with_name(f".owner.{uuid.uuid4().hex}")
+    aside = self._beside()
     try:
       self._path.rename(aside)  # of those who try, one succeeds
     except FileNotFoundError:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from jepa_jax import train
 from jepa_jax.training import owner as owner_lib
 
 HOLD = """
@@ -59,6 +60,14 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path, hold):
   ):
     acquire(tmp_path)
   assert first.poll() is None and (tmp_path / "owner.json").exists()
+
+
+def test_a_second_run_ends_before_it_does_anything(tmp_path, hold, config):
+  hold()
+  before = set(tmp_path.iterdir())
+  with pytest.raises(ValueError, match="in use by another run"):
+    train.train_and_evaluate(config, tmp_path)
+  assert set(tmp_path.iterdir()) == before
 
 
 def test_a_killed_owner_is_followed_aloud(tmp_path, hold, capsys):
@@ -129,6 +138,21 @@ def test_a_torn_file_is_that_of_an_unknown_owner(tmp_path, elsewhere, text):
   path.write_text(text)
   os.utime(path, (time.time() - 100,) * 2)
   assert acquire(tmp_path)["process"] == os.getpid()
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path, hold):
+  first = hold()
+  first.kill()
+  os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+  (tmp_path / f".run.json.{first.pid}").touch()
+  for name in (f".run.json.{os.getpid()}", ".hidden", "run.json.1"):
+    (tmp_path / name).touch()
+  acquire(tmp_path)
+  assert {p.name for p in tmp_path.iterdir()} == {
+    f".run.json.{os.getpid()}",
+    ".hidden",
+    "run.json.1",
+  }
 
 
 def test_of_many_at_once_one_gets_it(tmp_path):
