@@ -20,6 +20,8 @@ EXPERIMENTS = ["quickstart", "ijepa_fashion_mnist"]
 EXPERIMENTS += [
   f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")
 ]
+EXPERIMENTS += [f"mae_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
+EXPERIMENTS += ["data2vec_in1k:vitb16", "data2vec_in1k:vitl16"]
 EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16", "folder:PICTURES"]
 
 
