@@ -73,7 +73,16 @@ def readable(what: str) -> Iterator[None]:
 def to_foreign(
   weights: Weights, name: str, rows: tuple[table.Row, ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """The foreign arrays of a network, with its position embeddings."""
+  """The foreign arrays of a network, with its position embeddings.
+
+  Raises:
+    ValueError: it has tokens that the foreign one lacks.
+  """
+  if tokens := {"class_token", "registers"} & weights.networks[name].keys():
+    raise ValueError(
+      f"the encoder has {' and '.join(sorted(tokens))}, which the I-JEPA of "
+      "others lacks; write .npz or .safetensors."
+    )
   params = positions.with_positions(weights, name)
   return table.to_foreign(params, rows, weights.encoder["patch_size"])
 

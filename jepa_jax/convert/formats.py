@@ -161,6 +161,9 @@ def _read_export(path: pathlib.Path) -> Weights:
     if not file.config:
       raise ValueError(_no_export(file.shapes))
     found = weights_lib.from_description(file.config)
+    for name, tree in found.networks.items():
+      if f"{name}/mask_token" in file.shapes:
+        tree["mask_token"] = None  # some encoders have one
     # All shapes, before memory is taken for any array.
     if problems := table.missing_and_extra(file.shapes, found.needed()):
       raise ValueError(problems)

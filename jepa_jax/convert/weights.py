@@ -24,8 +24,10 @@ _ENCODER_KEYS = (
     "width", "depth", "num_heads", "patch_size", "mlp_ratio", "norm_epsilon",
     "position_grid",
 )  # fmt: skip
+# Left out where there are none, as in I-JEPA.
+_TOKEN_KEYS = ("class_token", "registers")
 _PREDICTOR_KEYS = ("width", "depth", "num_heads", "mlp_ratio", "output_width")
-_OPTIONAL = ("output_width",)
+_OPTIONAL = ("output_width", *_TOKEN_KEYS)
 _IMAGE_KEYS = ("image_size", "channels", "mean", "std")
 # What settings may be, beside those that are keys of a config.
 _SIDES = keys.Group((keys.whole(1, 16_384),) * 2)
@@ -149,7 +151,7 @@ def check_settings(weights: Weights) -> None:
   """
   values = {name: getattr(weights, name) for name in _IMAGE_KEYS}
   for part, needed in (
-    ("encoder", _ENCODER_KEYS),
+    ("encoder", _ENCODER_KEYS + _TOKEN_KEYS),
     ("predictor", _PREDICTOR_KEYS),
   ):
     settings = getattr(weights, part)
@@ -225,9 +227,11 @@ def from_config(config: Any) -> Weights:
     )
   predictor = objective.networks.get("predictor")
   pick = lambda module, keys: {key: getattr(module, key) for key in keys}
+  tokens = pick(encoder, _TOKEN_KEYS)
+  tokens = {key: value for key, value in tokens.items() if value}
   return Weights(
     networks={},
-    encoder=pick(encoder, _ENCODER_KEYS),
+    encoder=pick(encoder, _ENCODER_KEYS) | tokens,
     predictor=pick(predictor, _PREDICTOR_KEYS)
     if isinstance(predictor, models.Predictor)
     else None,
@@ -254,7 +258,10 @@ def abstract(weights: Weights, name: str) -> table.Params:
   side, grid = module.patch_size, weights.encoder["position_grid"]
   images = jax.ShapeDtypeStruct((1, side, side, weights.channels), jnp.float32)
   params = jax.eval_shape(lambda x: module.init(rng, x), images)["params"]
-  if grid is None:
-    return params
-  shape = (math.prod(grid), module.width)
-  return {**params, "positions": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  if grid is not None:
+    params = {**params, "positions": spec(math.prod(grid), module.width)}
+  # Of objectives that hide patches from the encoder.
+  if "mask_token" in weights.networks.get(name, {}):
+    params = {**params, "mask_token": spec(1, 1, module.width)}
+  return params
