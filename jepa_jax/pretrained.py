@@ -37,14 +37,6 @@ from jepa_jax.convert import weights as weights_lib
 from jepa_jax.models import patches
 from jepa_jax.models.kernels import cpu
 
-# For a forward pass in float32, XLA's own products and plain sums need 7 to 20
-# percent less CPU time than its fused kernels and sums in trees. (For training
-# the fused kernels are the faster ones.)
-_CPU_OPTIONS = {
-  "xla_cpu_experimental_ynn_fusion_type": "",
-  "xla_disable_hlo_passes": "tree_reduction_rewriter",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -386,23 +378,11 @@ def _features(module, preprocessing, layers, pool, unit_range, params, images):
 @functools.cache
 def _encoder() -> Any:
   """_features, jitted with what suits the default backend."""
-  options = _known(_CPU_OPTIONS) if jax.default_backend() == "cpu" else None
+  on_cpu = jax.default_backend() == "cpu"
+  options = cpu.known_options(cpu.FORWARD_OPTIONS if on_cpu else {})
   return jax.jit(
     _features, static_argnums=(0, 1, 2, 3, 4), compiler_options=options
   )
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-  """Those of some compiler options that this version of XLA has."""
-
-  def has(name: str) -> bool:
-    try:
-      jax.jit(lambda: 0, compiler_options={name: options[name]})()
-    except jax.errors.JaxRuntimeError:
-      return False
-    return True
-
-  return {name: options[name] for name in options if has(name)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_kernels import PRODUCTS
 
-from jepa_jax import models, pretrained
+from jepa_jax import models
 from jepa_jax.models import flops
 from jepa_jax.models.kernels import cpu
 from jepa_jax.objectives import ijepa
@@ -145,4 +145,4 @@ def test_unknown_flags_and_options_are_left_out():
   assert conftest.known_to_xla("--xla_backend_optimization_level=0")
   assert not conftest.known_to_xla("--xla_of_another_version=0")
   known = {"xla_backend_optimization_level": 0}
-  assert pretrained._known({"xla_of_another_version": 0, **known}) == known
+  assert cpu.known_options({"xla_of_another_version": 0, **known}) == known

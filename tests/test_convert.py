@@ -693,3 +693,51 @@ def test_bicubic_interpolation_is_that_of_pytorch(new):
     theirs.reshape(-1, 6).numpy(),
     atol=1e-5,
   )
+
+
+def with_tokens(**tokens):
+  """Weights of an encoder that sees more tokens than patches."""
+  weights = make("target", class_token=True, registers=3)
+  target = weights.networks["target"]
+  assert target["class_token"].shape == (1, 1, 28)
+  assert target["registers"].shape == (1, 3, 28)
+  target |= {name: np.full((1, 1, 28), 0.5, np.float32) for name in tokens}
+  return weights
+
+
+@pytest.mark.parametrize("tokens", [{}, {"mask_token": True}])
+@pytest.mark.parametrize("name", ["e.npz", "e.safetensors"])
+def test_tokens_beside_the_patches_are_kept(name, tokens, tmp_path):
+  weights = with_tokens(**tokens)
+  convert.write(weights, tmp_path / name)
+  back = convert.read(tmp_path / name)
+  assert_same(back, weights)
+  assert back.module("target").registers == 3
+  images = np.random.default_rng(0).normal(size=(2, 12, 20, 3))
+  y = back.module("target").apply(
+    {"params": back.networks["target"]}, images.astype(np.float32)
+  )
+  assert y.shape == (2, 15, 28)  # of patches alone
+
+
+def test_other_formats_have_no_such_tokens(tmp_path):
+  weights = with_tokens()
+  with pytest.raises(ValueError, match="class_token and registers.* lacks"):
+    convert.write(weights, tmp_path / "folder")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_tokens_loads(tmp_path):
+  config = tiny_config()
+  config.encoder.update(class_token=True, registers=2)
+  state = program.build(config, one_device()).init(3)
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  with checkpoints.Checkpoints(
+    tmp_path / "checkpoints", config.checkpoint
+  ) as saved:
+    saved.save(state)
+  found = convert.read(tmp_path)
+  assert found.encoder["registers"] == 2
+  np.testing.assert_array_equal(
+    found.networks["context"]["registers"], state.params["encoder"]["registers"]
+  )

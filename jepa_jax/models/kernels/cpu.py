@@ -221,6 +221,28 @@ def after(batch: Any, done: Any) -> Any:
   return jax.tree.map(wait, batch)
 
 
+# For a forward pass in float32, XLA's own products and plain sums need 7 to 20
+# percent less CPU time than its fused kernels and sums in trees. (For training
+# the fused kernels are the faster ones.)
+FORWARD_OPTIONS = {
+  "xla_cpu_experimental_ynn_fusion_type": "",
+  "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+  """Those of some compiler options that this version of XLA has."""
+
+  def has(name: str) -> bool:
+    try:
+      jax.jit(lambda: 0, compiler_options={name: options[name]})()
+    except jax.errors.JaxRuntimeError:
+      return False
+    return True
+
+  return {name: options[name] for name in options if has(name)}
+
+
 KERNELS = kernels.Kernels(
   dense=dense, layer_norm=layer_norm, attention=attention, gelu=xla.gelu
 )
