@@ -163,7 +163,8 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
       known = known_keys.of_config(config)
     _check_table(config, known)
   except (AttributeError, RecursionError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
+    why = " ".join(str(error).split())  # a ConfigDict's text has lines
+    raise ValueError(f"{path} cannot be read: {why}") from None
   return config
 
 

@@ -331,7 +331,7 @@ def flag(kind: Kind, name: str) -> Callable[[str], Any]:
 
 
 def _refusal(name: str, value: Any, kind: Kind) -> ValueError:
-  shown = " ".join(repr(value).split())  # a ConfigDict's has lines
+  shown = repr(value)
   if len(shown) > _SHOWN:
     shown = shown[: _SHOWN - 4] + " ..."
   return ValueError(f"{name} is {shown}; it needs {kind}.")

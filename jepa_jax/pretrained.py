@@ -380,9 +380,8 @@ def _encoder() -> Any:
   """_features, jitted with what suits the default backend."""
   on_cpu = jax.default_backend() == "cpu"
   options = cpu.known_options(cpu.FORWARD_OPTIONS if on_cpu else {})
-  return jax.jit(
-    _features, static_argnums=(0, 1, 2, 3, 4), compiler_options=options
-  )
+  static = (0, 1, 2, 3, 4)
+  return jax.jit(_features, static_argnums=static, compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

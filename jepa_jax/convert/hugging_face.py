@@ -3,7 +3,7 @@
 Reading and writing needs neither torch nor transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -73,10 +73,9 @@ def read(folder: pathlib.Path, which: str) -> Weights:
     source, shapes = {}, {}
     for file in files:
       opened = stack.enter_context(checked.open_safetensors(file))
-      for key in opened.shapes:
-        source[key] = functools.partial(opened.read, key)
-      shapes |= opened.shapes
-    source, shapes = (_without_head(x, folder) for x in (source, shapes))
+      for key, ours in _without_head(opened.shapes, folder).items():
+        source[ours] = functools.partial(opened.read, key)
+        shapes[ours] = opened.shapes[key]
     return checked.from_foreign(
       found,
       {name: table.HUGGING_FACE_ENCODER},
@@ -86,22 +85,21 @@ def read(folder: pathlib.Path, which: str) -> Weights:
     )
 
 
-def _without_head(
-  arrays: dict[str, Any], folder: pathlib.Path
-) -> dict[str, Any]:
-  """What IJepaModel has of the arrays of an IJepaForImageClassification."""
-  prefix = "ijepa."
-  if not any(key.startswith(prefix) for key in arrays):
-    return arrays
-  head = [key for key in arrays if key.startswith("classifier.")]
-  logging.warning(
-    "%s holds a classifier; its encoder is read, and of its head left out: %s",
-    folder,
-    ", ".join(sorted(head)) or "nothing",
-  )
-  return {
-    key.removeprefix(prefix): x for key, x in arrays.items() if key not in head
-  }
+def _without_head(names: Iterable[str], folder: pathlib.Path) -> dict[str, str]:
+  """Names of a file's arrays -> what IJepaModel calls them.
+
+  An IJepaForImageClassification has them under "ijepa.", beside its head.
+  """
+  prefix, names = "ijepa.", list(names)
+  if not any(name.startswith(prefix) for name in names):
+    return {name: name for name in names}
+  if head := [name for name in names if name.startswith("classifier.")]:
+    logging.warning(
+      "%s holds a classifier; its encoder is read, and its head left out: %s",
+      folder,
+      ", ".join(sorted(head)),
+    )
+  return {x: x.removeprefix(prefix) for x in names if x not in head}
 
 
 def _hugging_face_settings(settings: Mapping[str, Any]) -> Weights:

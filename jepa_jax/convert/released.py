@@ -195,6 +195,8 @@ def _infer_encoder(
   hidden = _vote(shapes, r"blocks\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
   patch = _vote(shapes, r"patch_embed\.proj\.weight", -1, 16)
   patches = _vote(shapes, "pos_embed", 1, 1)
+  if not width:
+    raise ValueError("it is no encoder of the released code: its width is 0")
   side = round(patches**0.5)
   sizes = [
     size
@@ -226,6 +228,8 @@ def _infer_encoder(
 def _infer_predictor(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
   blocks = "predictor_blocks"
   width = _vote(shapes, rf"{blocks}\.\d+\.norm\d\.\w+", 0, 4)
+  if not width:
+    raise ValueError("it is no predictor of the released code: its width is 0")
   hidden = _vote(shapes, rf"{blocks}\.\d+\.mlp\.fc1\.bias", 0, 4 * width)
   return dict(
     width=width,
