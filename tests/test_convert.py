@@ -251,7 +251,7 @@ def test_other_heads_than_a_file_has_are_refused(tmp_path):
     (dict(patch_size=0), "patch size 0"),
     (dict(layer_norm_eps=float("nan")), "encoder.norm_epsilon is nan"),
     (dict(num_channels=10**9), "channels is 1000000000"),
-    (dict(num_channels=1), "a value for each of its channels"),
+    (dict(num_channels=1), "misshapen: embeddings.patch_embeddings"),
     (dict(jepa_jax_encoder=["target"]), "which is no encoder"),
   ],
 )

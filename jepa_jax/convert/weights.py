@@ -67,6 +67,7 @@ class Weights:
   std: tuple[float, ...] = STD
 
   def __post_init__(self):
+    _KINDS["channels"].check("channels", self.channels)
     # Of another number of channels, such as grey, each gets the average.
     for key in ("mean", "std"):
       values = getattr(self, key)
@@ -166,8 +167,6 @@ def check_settings(weights: Weights) -> None:
     kind = _KINDS.get(name) or config_table.KEYS[name].kind
     if name != "encoder.position_grid" or value is not None:
       kind.check(name, value)
-  if len({weights.channels, len(weights.mean), len(weights.std)}) > 1:
-    raise ValueError("mean and std need a value for each of its channels")
   patches, most = math.prod(weights.grid), config_table.MOST_PATCHES
   if patches > most:
     raise ValueError(f"its images have {patches} patches, more than {most}")
@@ -201,7 +200,8 @@ def from_description(text: str) -> Weights:
     found = Weights(networks={name: {} for name in names}, **settings)
     check_settings(found)
   except (
-    *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
+    *(ArithmeticError, AttributeError, KeyError, RecursionError),
+    *(TypeError, ValueError),
   ) as error:
     raise ValueError(f"its settings cannot be read ({error!r})") from None
   for name in names:
