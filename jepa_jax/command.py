@@ -37,8 +37,8 @@ def run(
 
   Args:
     main: takes the parsed flags, with the loaded config as `config` where the
-      parser has --config, and what it was made of as `config_file` and
-      `overrides`; returns an exit code, None for 0.
+      parser has --config and it is given, and what it was made of as
+      `config_file` and `overrides`; returns an exit code, None for 0.
     parser: the command's own flags.
     tune_allocator: sets the allocator for train steps on a CPU.
   """
@@ -53,7 +53,8 @@ def run(
       raise keys.unknown("flag", (unknown or overrides)[0], known)
     if hasattr(arguments, "config"):
       arguments.config_file, arguments.overrides = arguments.config, overrides
-      arguments.config = load_config(arguments.config, overrides)
+      if arguments.config is not None:
+        arguments.config = load_config(arguments.config, overrides)
     if tune_allocator:
       allocator.set_for_training()
     if getattr(arguments, "processes", 1) != 1:
@@ -100,11 +101,13 @@ def fail(error: Exception) -> int:
   return EXIT_BAD_INPUT
 
 
-def add_config_flag(parser: argparse.ArgumentParser) -> None:
+def add_config_flag(
+  parser: argparse.ArgumentParser, required: bool = True
+) -> None:
   """Adds --config; overrides of its keys come with it."""
   parser.add_argument(
     "--config",
-    required=True,
+    required=required,
     metavar="FILE[:VARIANT]",
     help="experiment, a Python file with get_config(variant); "
     "--config.key=value overrides a key; --config.evaluations.NAME=LABEL adds "
@@ -186,12 +189,27 @@ def load_config(
     )
   config = _experiment(file, variant)
   config_lib.check_names(config)
+  return override(config, overrides)
+
+
+def override(
+  config: ml_collections.ConfigDict, overrides: list[str] | tuple[str, ...]
+) -> ml_collections.ConfigDict:
+  """Changes a config as the command line says; returns it, locked.
+
+  Args:
+    config: what to change.
+    overrides: "--config.key=value" each.
+
+  Raises:
+    ValueError: an unknown key or a value of the wrong type.
+  """
   # The objective first, for it decides which other keys there are.
-  first = lambda override: not override.startswith("--config.objective=")
-  for override in sorted(overrides, key=first):
-    if first(override):
+  first = lambda text: not text.startswith("--config.objective=")
+  for text in sorted(overrides, key=first):
+    if first(text):
       config_lib.fill_method(config)
-    _override(config, override)
+    _override(config, text)
   config_lib.fill_method(config)
   given = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
   if given & _DATA_KEYS and "data.num_examples" not in given:

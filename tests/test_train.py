@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 
 import conftest
 import jax
@@ -195,22 +196,114 @@ def test_a_run_leaves_its_log_its_results_and_its_report(finished):
   ) == [4, 6]
 
 
-def test_evaluate_command_reads_a_finished_run(finished, tmp_path, capsys):
+def evaluate_flags(**flags):
+  defaults = dict(
+    workdir=None, step=None, only="", report_only=False, weights=None,
+    config=None, data="", overrides=[], label="label", train="train",
+    test="test", protocols="knn", format="text", out="",
+  )  # fmt: skip
+  return types.SimpleNamespace(**defaults | flags)
+
+
+def test_evaluate_command_reads_a_finished_run(finished, tmp_path):
   tmp_path = shutil.copytree(finished, tmp_path / "run")
   before = json.loads((tmp_path / "evaluations.json").read_text())
-  flags = dict(
-    workdir=str(tmp_path), step=None, only="count", report_only=False
-  )
-  evaluate.main(type("Flags", (), flags)())
+  flags = dict(workdir=str(tmp_path), only="count")
+  evaluate.main(evaluate_flags(**flags))
   after = json.loads((tmp_path / "evaluations.json").read_text())
   strip = lambda rows: [{**r, "seconds": 0} for r in rows]
   assert strip(before) == strip(after)
   flags["only"] = "size"
   with pytest.raises(ValueError, match="known: count"):
-    evaluate.main(type("Flags", (), flags)())
+    evaluate.main(evaluate_flags(**flags))
   flags |= dict(only="", step=5)
   with pytest.raises(ValueError, match="no checkpoint of step 5.*there are"):
-    evaluate.main(type("Flags", (), flags)())
+    evaluate.main(evaluate_flags(**flags))
+
+
+def test_evaluate_takes_other_evaluations_and_other_devices(
+  finished, tmp_path, capsys
+):
+  workdir = shutil.copytree(finished, tmp_path / "run")
+  path = workdir / "config.json"
+  stored = json.loads(path.read_text())
+  stored["mesh"] = {"data": 2, "fsdp": 2}  # as on four devices
+  path.write_text(json.dumps(stored))
+  overrides = ["--config.evaluations.near=distance", "--config.batch_size=8"]
+  overrides += ["--config.evaluations.count="]
+  flags = evaluate_flags(workdir=str(workdir), overrides=overrides)
+  assert evaluate.main(flags) == 0
+  rows = json.loads((workdir / "evaluations.json").read_text())
+  assert {row["evaluation"] for row in rows} == {"near"}
+  assert rows[0]["n_test"] == 10
+  said = capsys.readouterr().err
+  assert "mesh.data=2, mesh.fsdp=2 does not fit 1 devices" in said
+  flags.overrides = ["--config.mesh.data=3"]
+  with pytest.raises(ValueError, match="mesh.data=3, mesh.fsdp=2 does not fit"):
+    evaluate.main(flags)
+  flags.overrides = ["--config.encoder.width=56"]
+  with pytest.raises(ValueError, match="encoder.width is a part of the run"):
+    evaluate.main(flags)
+
+
+def test_weights_stand_side_by_side(finished, run_config, tmp_path, capsys):
+  other = shutil.copytree(finished, tmp_path / "other")
+  out = tmp_path / "rows.jsonl"
+  run_config.evaluations.count = config_lib.evaluation(
+    "count", protocols=("knn",)
+  )
+  flags = evaluate_flags(
+    weights=[str(finished), str(other)],
+    config=run_config,
+    out=str(out),
+    format="markdown",
+  )
+  assert evaluate.main(flags) == 0
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [(r["encoder"], r["features"]) for r in rows] == [
+    ("finished", "last"), ("finished", "last4"), ("other", "last"),
+    ("other", "last4"), ("random", "last"), ("random", "last4"),
+    ("pixels", "pixels"),
+  ]  # fmt: skip
+  assert rows[0]["top1"] == rows[2]["top1"]
+  before = json.loads((finished / "evaluations.json").read_text())
+  (same,) = [
+    row
+    for row in before
+    if (row["protocol"], row["encoder"], row["features"])
+    == ("knn", "trained", "last")
+  ]
+  assert rows[0]["top1"] == same["top1"]
+  header, _, line, *_ = capsys.readouterr().out.splitlines()
+  assert header.split(" | ")[3:] == ["finished", "other", "random", "pixels |"]
+  assert line.count(f"{same['top1']:.1f}") >= 2
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ({}, "give --workdir of a run, or --weights"),
+    ({"workdir": "x", "weights": ["y"]}, "give --workdir of a run, or"),
+    ({"weights": ["FINISHED"]}, "--weights needs --config FILE, or --data"),
+    ({"weights": ["no.npz"], "data": "scenes:"}, "no.npz"),
+    ({"workdir": "nowhere"}, "holds no run"),
+    ({"workdir": "FINISHED", "data": "scenes:"}, "has its own config"),
+    (
+      {"weights": ["FINISHED"], "data": "folder:/nowhere"},
+      "no folder /nowhere",
+    ),
+  ],
+)
+def test_what_evaluate_cannot_do_is_one_line(finished, flags, message):
+  flags = {
+    key: [x.replace("FINISHED", str(finished)) for x in value]
+    if isinstance(value, list)
+    else value.replace("FINISHED", str(finished))
+    for key, value in flags.items()
+  }
+  with pytest.raises((ValueError, OSError), match=message) as error:
+    evaluate.main(evaluate_flags(**flags))
+  assert "\n" not in str(error.value)
 
 
 def test_a_signal_in_the_final_evaluation_ends_it(

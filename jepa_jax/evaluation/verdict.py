@@ -173,8 +173,8 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
     rows: see above; others are ignored.
 
   Returns:
-    Dicts with evaluation, title, features, what is measured and classes: dicts with name,
-    trained, and random (None where there is none), in percent.
+    Dicts with evaluation, title, features, what (is measured) and classes:
+    dicts with name, trained, and random (None where there is none), in percent.
   """
   found = {}  # by evaluation: its protocol, and rows by features and encoder
   for row in map(_judged, filter(compares, rows)):
