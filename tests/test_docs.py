@@ -180,8 +180,9 @@ def call(module, arguments, monkeypatch, *, start):
     del options  # the allocator's settings would start Python anew
 
     def only_look(parsed):
-      if hasattr(parsed, "config") and not isinstance(parsed.config, str):
-        config_lib.check(parsed.config)
+      config = getattr(parsed, "config", None)
+      if config is not None and not isinstance(config, str):
+        config_lib.check(config)
 
     real(main if start else only_look, parser)
 
