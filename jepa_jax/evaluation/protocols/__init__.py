@@ -18,7 +18,9 @@ from typing import Any
 
 from jepa_jax.evaluation import progress as progress_lib
 from jepa_jax.evaluation.protocols import (
+  health,
   knn,
+  knn_grid,
   linear,
   multilabel,
   protocol,
@@ -26,7 +28,15 @@ from jepa_jax.evaluation.protocols import (
 )
 
 PROTOCOLS: dict[str, protocol.Protocol] = {
-  row.name: row for row in (linear.ROW, knn.ROW, ridge.ROW, multilabel.ROW)
+  row.name: row
+  for row in (
+    linear.ROW,
+    knn.ROW,
+    ridge.ROW,
+    multilabel.ROW,
+    knn_grid.ROW,
+    health.ROW,
+  )  # fmt: skip
 }
 
 

@@ -59,15 +59,13 @@ def nearest_neighbours(
   classes, targets = np.unique(train["labels"], return_inverse=True)
   k = min(k, len(targets))
   mean, scale = features.statistics(train["features"])
-  bank = jnp.asarray(_unit_rows((train["features"] - mean) / scale))
-  queries = _unit_rows((test["features"] - mean) / scale)
+  bank = jnp.asarray(unit_rows((train["features"] - mean) / scale))
+  queries = unit_rows((test["features"] - mean) / scale)
   weighted, votes = [], []
   for start in range(0, len(queries), chunk):
-    similarities, neighbours = _neighbours(
-      bank, queries[start : start + chunk], k
-    )
+    similarities, nearest = neighbours(bank, queries[start : start + chunk], k)
     weights = np.exp((np.asarray(similarities) - 1) / temperature)  # [B, k]
-    said = np.eye(len(classes), dtype=np.float32)[targets[neighbours]]
+    said = np.eye(len(classes), dtype=np.float32)[targets[nearest]]
     weighted.append(np.einsum("bk,bkc->bc", weights, said))
     votes.append(said.sum(axis=1))
   weighted, votes = np.concatenate(weighted), np.concatenate(votes)
@@ -82,13 +80,16 @@ def nearest_neighbours(
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _neighbours(bank, queries, k):
+def neighbours(
+  bank: jax.Array, queries: Any, k: int
+) -> tuple[jax.Array, jax.Array]:
   """Similarities and indices, both [B, k], of the nearest rows of `bank`."""
   with jax.default_matmul_precision("float32"):
     return jax.lax.top_k(queries @ bank.T, k)
 
 
-def _unit_rows(features):
+def unit_rows(features: np.ndarray) -> np.ndarray:
+  """Rows of length 1, float32; those of zeros stay."""
   norms = np.linalg.norm(features, axis=1, keepdims=True)
   return np.asarray(features / np.where(norms == 0, 1, norms), np.float32)
 

@@ -1,0 +1,119 @@
+"""k-NN over a grid of k and temperatures, chosen without the test set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.evaluation import features
+from jepa_jax.evaluation.protocols import accuracy, knn, protocol
+
+NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURES = (0.02, 0.07, 0.2, 1.0)
+
+
+def knn_grid(
+  train: protocol.Examples,
+  test: protocol.Examples,
+  *,
+  neighbours: Sequence[int] = NEIGHBOURS,
+  temperatures: Sequence[float] = TEMPERATURES,
+  chunk: int = 1024,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Weighted k-NN as protocols.knn, with k and temperature by leave-one-out.
+
+  Every training image is classified by the others (it never finds itself); the
+  pair that is best there (ties: the larger k, then the higher temperature)
+  classifies the test images.
+
+  Args:
+    train: features [n, D], labels [n] integers of any values.
+    test: features [B, D], labels [B].
+    neighbours: values of k; those above n - 1 are left out.
+    temperatures: of the weights, above 0.
+    chunk: images compared at a time, [chunk, n] similarities.
+    seed: unused; here so that all protocols are called alike.
+
+  Returns:
+    Those of accuracy.accuracies; k, temperature; train_top1, by leave-one-out;
+    best_on_test, the top1 of the pair that is best on the test images, which
+    is no fair score, with best_on_test_k and best_on_test_temperature.
+
+  Raises:
+    ValueError: shapes disagree, labels are not integers, or no k or temperature
+      is left that makes sense.
+  """
+  del seed
+  protocol.check(train, test, "class")
+  classes, targets = np.unique(train["labels"], return_inverse=True)
+  ks = sorted((k for k in neighbours if 0 < k < len(targets)), reverse=True)
+  heats = sorted(temperatures, reverse=True)
+  if not ks or not heats or heats[-1] <= 0:
+    raise ValueError(
+      f"k-NN got neighbours={tuple(neighbours)} for {len(targets)} images and "
+      f"temperatures={tuple(temperatures)}; it needs k in [1, images) and "
+      "temperatures above 0."
+    )
+  mean, scale = features.statistics(train["features"])
+  units = [knn.unit_rows((x["features"] - mean) / scale) for x in (train, test)]
+  bank = jnp.asarray(units[0])
+
+  def classified(queries, itself):
+    """{(k, temperature): columns of `classes` [B], scores [B, K]}."""
+    found = {(k, t): [] for k in ks for t in heats}
+    for start in range(0, len(queries), chunk):
+      part = queries[start : start + chunk]
+      near, who = map(
+        np.asarray, knn.neighbours(bank, part, ks[0] + int(itself))
+      )
+      if itself:
+        near, who = _others(near, who, np.arange(start, start + len(part)))
+      said = np.eye(len(classes), dtype=np.float32)[targets[who]]
+      for k, t in found:
+        weights = np.exp((near[:, :k] - 1) / t)
+        found[k, t].append(np.einsum("bk,bkc->bc", weights, said[:, :k]))
+    return {pair: np.concatenate(scores) for pair, scores in found.items()}
+
+  own = {
+    pair: accuracy.percent(scores.argmax(axis=1) == targets)
+    for pair, scores in classified(units[0], True).items()
+  }
+  best = max(own, key=own.get)
+  on_test = classified(units[1], False)
+  labels = np.asarray(test["labels"])
+  top1 = {
+    pair: accuracy.percent(classes[scores.argmax(axis=1)] == labels)
+    for pair, scores in on_test.items()
+  }
+  luckiest = max(top1, key=top1.get)
+  return {
+    **accuracy.accuracies(on_test[best], classes, train, test),
+    "k": best[0],
+    "temperature": best[1],
+    "train_top1": own[best],
+    "best_on_test": top1[luckiest],
+    "best_on_test_k": luckiest[0],
+    "best_on_test_temperature": luckiest[1],
+  }
+
+
+def _others(near, who, itself):
+  """Neighbours [B, k] of [B, k + 1] without the query's own row."""
+  other = who != itself[:, None]
+  # Where copies of an image crowd it out, the farthest goes in its place.
+  other[other.all(axis=1), -1] = False
+  shape = len(who), who.shape[1] - 1
+  return near[other].reshape(shape), who[other].reshape(shape)
+
+
+ROW = protocol.Protocol(
+  name="knn_grid",
+  title="k-NN, k and temperature chosen",
+  run=knn_grid,
+  score="top1",
+  unit="%",
+  higher_is_better=True,
+  label="class",
+)

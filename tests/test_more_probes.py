@@ -1,0 +1,109 @@
+"""Protocols with grids, and health without labels: known answers."""
+
+import numpy as np
+import pytest
+import test_probes
+
+from jepa_jax.evaluation.protocols import health, knn, knn_grid
+
+
+def test_a_query_never_finds_itself():
+  """Labels of pairs that lie together differ: one's neighbour is wrong."""
+  random = np.random.default_rng(0)
+  centres = 9 * random.normal(size=(20, 5))
+  features = np.repeat(centres, 2, axis=0) + 0.01 * random.normal(size=(40, 5))
+  train = {"features": features.astype(np.float32), "labels": np.arange(40) % 2}
+  found = knn_grid.knn_grid(train, train, neighbours=[1], temperatures=[1.0])
+  assert found["train_top1"] == 0 and found["top1"] == 100
+  near = np.asarray([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+  who = np.asarray([[7, 0, 2], [7, 8, 9]])  # the second is crowded out
+  kept = knn_grid._others(near, who, np.asarray([0, 1]))
+  assert kept[1].tolist() == [[7, 2], [7, 8]]
+  assert kept[0].tolist() == [[3.0, 1.0], [3.0, 2.0]]
+
+
+def test_leave_one_out_is_that_of_scikit_learn():
+  neighbors = pytest.importorskip("sklearn.neighbors")
+  train = test_probes.blobs(90, 7, 4, 1.5, seed=1)
+  test = test_probes.blobs(41, 7, 4, 1.5, seed=2)
+  units = train["features"] - train["features"].mean(0)
+  units = knn.unit_rows(units / train["features"].std(0))
+  other = test["features"] - train["features"].mean(0)
+  other = knn.unit_rows(other / train["features"].std(0))
+  for k, t in ((3, 0.07), (11, 0.5)):
+    weights = lambda d, t=t: np.exp(-(d**2) / 2 / t)  # 1 - cosine = d^2 / 2
+    model = neighbors.KNeighborsClassifier(k, weights=weights)
+    left = [
+      model.fit(np.delete(units, i, 0), np.delete(train["labels"], i)).predict(
+        units[i : i + 1]
+      )[0]
+      for i in range(90)
+    ]
+    found = knn_grid.knn_grid(
+      train, test, neighbours=[k], temperatures=[t], chunk=32
+    )
+    assert (found["k"], found["temperature"]) == (k, t)
+    expected = 100 * np.mean(np.asarray(left) == train["labels"])
+    assert found["train_top1"] == pytest.approx(expected, abs=1e-3)
+    score = model.fit(units, train["labels"]).score(other, test["labels"])
+    assert found["top1"] == pytest.approx(100 * score, abs=1e-3)
+
+
+def test_the_grid_is_chosen_without_the_test_set():
+  train = test_probes.blobs(150, 7, 4, 1.5, seed=1)
+  test = test_probes.blobs(83, 7, 4, 1.5, seed=2)
+  found = knn_grid.knn_grid(train, test, neighbours=[1, 9, 500])
+  shuffled = {**test, "labels": np.roll(test["labels"], 7)}
+  again = knn_grid.knn_grid(train, shuffled, neighbours=[1, 9, 500])
+  assert (found["k"], found["temperature"]) == (
+    again["k"], again["temperature"],
+  )  # fmt: skip
+  assert found["best_on_test"] >= found["top1"]
+  with pytest.raises(ValueError, match=r"neighbours=\(500,\) for 150 images"):
+    knn_grid.knn_grid(train, test, neighbours=[500])
+
+
+def test_rankme_of_known_spectra():
+  random = np.random.default_rng(0)
+  basis, _ = np.linalg.qr(random.normal(size=(60, 7)))
+  assert health.rankme(basis) == pytest.approx(7, rel=1e-4)
+  assert health.rankme(basis[:, :1] @ np.ones((1, 7))) == pytest.approx(
+    1, rel=1e-4
+  )
+  values = np.asarray([8, 4, 2, 1, 1, 0, 0]) / 16
+  entropy = 0.5 * np.log(2) + 0.25 * np.log(4) + 0.125 * np.log(8)
+  entropy += 2 * 0.0625 * np.log(16)
+  found = health.rankme(basis * values)
+  assert found == pytest.approx(np.exp(entropy), rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
+def test_alpha_is_the_exponent_of_a_power_law(alpha):
+  random = np.random.default_rng(0)
+  values = np.arange(1, 41.0) ** (-alpha / 2)  # of the singular values
+  left = random.normal(size=(300, 40))
+  left, _ = np.linalg.qr(left - left.mean(axis=0))
+  right, _ = np.linalg.qr(random.normal(size=(40, 40)))
+  features = (left * values) @ right.T + 5  # centred by the measure
+  assert health.alpha_req(features) == pytest.approx(alpha, rel=1e-6)
+
+
+def test_uniformity_of_known_points():
+  assert health.uniformity(np.ones((9, 4))) == pytest.approx(0)
+  poles = np.asarray([[2.0, 0], [-1.0, 0]])  # their distance is 2
+  assert health.uniformity(poles) == pytest.approx(-8)
+  square = np.asarray([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+  expected = np.log((4 * np.exp(-4) + 2 * np.exp(-8)) / 6)
+  assert health.uniformity(square) == pytest.approx(expected)
+
+
+def test_collapsed_features_are_told_from_healthy_ones():
+  random = np.random.default_rng(0)
+  healthy = {"features": random.normal(size=(200, 30))}
+  collapsed = {"features": 1 + 1e-3 * random.normal(size=(200, 30))}
+  good, bad = (health.health({}, x) for x in (healthy, collapsed))
+  assert good["rankme"] > 25 and bad["rankme"] < 1.5
+  assert good["uniformity"] < -3 and bad["uniformity"] > -1e-3
+  assert (good["n_test"], good["width"]) == (200, 30)
+  with pytest.raises(ValueError, match="2 images"):
+    health.health({}, {"features": np.zeros((2, 3))})
