@@ -131,7 +131,7 @@ def _prepare(
   import jax
 
   from jepa_jax import config as config_lib
-  from jepa_jax.data import pipeline
+  from jepa_jax.data import fingerprint, pipeline
   from jepa_jax.data import unreadable as unreadable_lib
   from jepa_jax.evaluation import run as evaluation
   from jepa_jax.training import log as log_lib
@@ -160,6 +160,9 @@ def _prepare(
       unreadable=unreadable,
     )
     open_data(0)
+    if first:  # the others see the same files
+      found = fingerprint.fingerprint(config.data)
+      changes += workdir_lib.check_data(found, workdir, accept)
     evaluation.check_data(config)
     _check_first_state(program, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,7 @@ def _prepare(
       )  # another run may have begun here
       text = json.dumps(claim, indent=2) + "\n"
       log_lib.write_whole(workdir / "config.json", text)
+      log_lib.write_whole(workdir / "data.json", json.dumps(found) + "\n")
   return _Parts(program, claim, open_data, unreadable, changes)
 
 

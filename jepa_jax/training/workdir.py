@@ -75,6 +75,45 @@ def check(
   return changed
 
 
+def check_data(
+  found: dict[str, Any], workdir: pathlib.Path, accept: bool = False
+) -> list[str]:
+  """What differs from the data that the run of a workdir began with.
+
+  Args:
+    found: data.fingerprint.fingerprint of now; data.json holds that of then.
+    workdir: may be missing.
+    accept: whether the run may go on with other data.
+
+  Raises:
+    ValueError: it differs and may not.
+  """
+  path = workdir / "data.json"
+  if not path.exists():
+    return []
+  try:
+    before = json.loads(path.read_text())
+    then, same = int(before["images"]), before == found
+  except (KeyError, TypeError, ValueError):
+    print(f"{path} is damaged: written anew", file=sys.stderr)
+    return []
+  if same:
+    return []
+  now = found["images"]
+  changed = (
+    f"{then:,} training images then, {now:,} now"
+    if then != now
+    else f"{now:,} training images as before, of other names or sizes"
+  )
+  if not accept:
+    raise ValueError(
+      f"the data of {workdir} changed since its run began ({changed}), and so "
+      "would the order, and perhaps the length, of training; put them back, "
+      "use another workdir, or go on with --accept_changes."
+    )
+  return [changed]
+
+
 def _rebuild_config(path: pathlib.Path) -> dict[str, Any]:
   """Writes a damaged config.json anew, from what checkpoints know of it."""
   claim = checkpoints.claim_of_newest(path.parent / "checkpoints")
