@@ -1,6 +1,10 @@
 """What becomes of the pixels of images of every kind, and of hostile ones."""
 
+import dataclasses
 import io
+import random
+import struct
+import tracemalloc
 
 import numpy as np
 from PIL import Image
@@ -296,3 +300,94 @@ def test_rotation_of_a_tiff_that_pillow_does_not_read(orientation):
   assert header.decoder == "tifffile"
   assert (header.height, header.width) == SIZE  # as stored
   assert header.orientation == orientation
+
+
+# --- hostile files ----------------------------------------------------------
+
+
+def gif_of_frames(side, count):
+  """Frames that say they are of side x side pixels, and have none."""
+  frame = b"," + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02\x01\x04\0"
+  screen = struct.pack("<HHBBB", side, side, 0x80, 0, 0)
+  return b"GIF89a" + screen + bytes(6) + frame * count + b";"
+
+
+def tiff_of(**changes):
+  """A sound TIFF of which some tags say something else."""
+  data = bytearray(tiff(GREY, tile=(16, 16), compression="zlib"))
+  names = {"width": 256, "height": 257, "tile_width": 322, "tile_height": 323}
+  for name, value in changes.items():
+    start = data.index(struct.pack("<HH", names[name], 4), 8)
+    data[start + 8 : start + 12] = struct.pack("<I", value)
+  return bytes(data)
+
+
+def npy_of(shape, dtype="|u1"):
+  header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}"
+  header = header.encode().ljust(117) + b"\n"
+  size = struct.pack("<H", len(header))
+  return b"\x93NUMPY\x01\x00" + size + header + bytes(40)
+
+
+HOSTILE = {  # name -> (file, what is said of it)
+  "gif of 40 frames": (gif_of_frames(8200, 40), "8200 x 8200 pixels"),
+  "webp": (
+    b"RIFF\x99\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x2f\0" * 2 + bytes(90),
+    "12288 x 12288 pixels",
+  ),
+  "bmp": (
+    b"BM" + bytes(12) + struct.pack("<Iii", 40, 2**30, -(2**30)) + bytes(99),
+    "1073741824 x 1073741824 pixels",
+  ),
+  "tiff": (tiff_of(width=100_000, height=100_000), "100000 x 100000 pixels"),
+  "tiff of one huge tile": (
+    tiff_of(tile_width=2**16, tile_height=2**16),
+    "6 x 8 pixels of .* bytes",
+  ),
+  "npy of many channels": (npy_of((9, 8, 10**9)), "that needs"),
+  "npy that promises more": (npy_of((500, 500, 3)), "of 168 bytes that needs"),
+  "npy of objects": (npy_of((2, 2), "|O"), "of object, not of pixels"),
+  "npy of code": (npy_of("__import__('os')"), "broken header"),
+  "npy of one axis": (npy_of((40,)), "not \\[H, W\\]"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_limits_hold_before_memory_is_taken(name):
+  data, reason = HOSTILE[name]
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=reason) as error:
+      pixels.read(data, pixels.Rules())
+    assert tracemalloc.get_traced_memory()[1] < 2**21
+  finally:
+    tracemalloc.stop()
+  assert "\n" not in str(error.value)
+
+
+def test_of_many_frames_the_first_alone_is_decoded():
+  import PIL.GifImagePlugin
+
+  frames = [Image.fromarray((INDEX + i) % 5) for i in range(4)]
+  for frame in frames:
+    frame.putpalette(PALETTE.astype(np.uint8).tobytes())
+  data = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+  with headers.opened(data, "gif") as image:
+    assert isinstance(image, PIL.GifImagePlugin.GifImageFile)
+    assert image.n_frames == 4
+  got = pixels.read(data, pixels.Rules())
+  np.testing.assert_array_equal(got, PALETTE[INDEX])
+  # 40 frames would not fit; one does.
+  limit = pixels.Rules(max_mib=3 * np.prod(SIZE) / 2**20)
+  assert pixels.read(data, limit).shape == (*SIZE, 3)
+  with pytest.raises(ValueError, match="more than data.max_mib"):
+    pixels.read(data, dataclasses.replace(limit, max_mib=limit.max_mib * 0.99))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_ends_in_pixels_or_one_line(seed):
+  import fuzz_images  # which takes its files from here
+
+  rng = random.Random(seed)
+  found = {fuzz_images.run_one(fuzz_images.damaged(rng)) for _ in range(40)}
+  assert "read" in found and len(found) > 4
