@@ -91,6 +91,7 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
         open_data(start).as_numpy_iterator(),
         program.batch_spec,
         config.data.prefetch,
+        lambda: stopper.stopped,
       ) as batches,
     ):
       if changes:

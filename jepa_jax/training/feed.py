@@ -1,6 +1,6 @@
 """Batches on their way to the devices, a bounded number ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import queue
 import threading
 import time
@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+
+_PATIENCE = 1.0  # seconds that data are waited for after a signal
 
 
 class Feed:
@@ -22,6 +25,7 @@ class Feed:
     batches: Iterator[dict[str, np.ndarray]],
     spec: dict[str, jax.ShapeDtypeStruct],
     ahead: int = 2,
+    stopped: Callable[[], bool] = lambda: False,
   ):
     """Starts the thread.
 
@@ -29,8 +33,11 @@ class Feed:
       batches: this process's share of every global batch.
       spec: Program.batch_spec, with shardings.
       ahead: batches that may wait on the devices, at least 1.
+      stopped: whether a signal has come, so that data which never come are not
+        waited for: there are no more batches then.
     """
     self.wait_seconds = 0.0
+    self._stopped_by = stopped
     self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, ahead))
     self._stopped = threading.Event()
     self._thread = threading.Thread(
@@ -50,11 +57,20 @@ class Feed:
 
   def __next__(self) -> dict[str, jax.Array]:
     started = time.perf_counter()
-    item = self._queue.get()
+    item = self._next()
     self.wait_seconds += time.perf_counter() - started
     if isinstance(item, BaseException):
       raise item
     return item
+
+  def _next(self) -> Any:
+    while True:
+      last = self._stopped_by()
+      try:
+        return self._queue.get(timeout=_PATIENCE)
+      except queue.Empty:
+        if last:
+          return StopIteration()
 
   def _run(self, batches, spec) -> None:
     try:

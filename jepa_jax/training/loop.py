@@ -74,7 +74,9 @@ class Loop:
   def advance(self, until: int) -> None:
     """Trains until that step is done, or until the stopper says so."""
     while self.step < until and not self._stopper.stopped:
-      batch = next(self._batches)
+      batch = next(self._batches, None)
+      if batch is None:  # data that did not come until a signal did
+        return
       self.state, metrics, features = self._program.step(self.state, batch)
       self.step += 1
       self.meter.add(self.step, metrics)
