@@ -344,6 +344,10 @@ HOSTILE = {  # name -> (file, what is said of it)
     tiff_of(tile_width=2**16, tile_height=2**16),
     "6 x 8 pixels of .* bytes",
   ),
+  "big tiff of a place beyond any": (
+    b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(40),
+    "cut within its header",
+  ),
   "npy of many channels": (npy_of((9, 8, 10**9)), "that needs"),
   "npy that promises more": (npy_of((500, 500, 3)), "of 168 bytes that needs"),
   "npy of objects": (npy_of((2, 2), "|O"), "of object, not of pixels"),

@@ -96,7 +96,7 @@ def read_header(data: bytes, max_mib: float = MAX_MIB) -> Header:
     raise ValueError("empty or missing")
   try:
     header = _read(data)
-  except (struct.error, IndexError):
+  except (struct.error, IndexError, OverflowError):
     raise ValueError("cut within its header") from None
   height, width = header.height, header.width
   if height < 1 or width < 1:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-
 _PATIENCE = 1.0  # seconds that data are waited for after a signal
 
 
