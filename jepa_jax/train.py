@@ -152,6 +152,7 @@ def _prepare(
     config = evaluation.resolve(config)
     program = program_lib.build(config, sharding.make_mesh(config.mesh))
     program_lib.check_memory(program)
+    _check_first_state(program, workdir)
     open_data = lambda start: pipeline.train_dataset(
       config,
       program.objective.batch_spec(config.batch_size),
@@ -165,7 +166,6 @@ def _prepare(
       found = fingerprint.fingerprint(config.data)
       changes += workdir_lib.check_data(found, workdir, accept)
     evaluation.check_data(config)
-    _check_first_state(program, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if first:
       owner.acquire()
@@ -190,13 +190,16 @@ def _check_first_state(program: Any, workdir: pathlib.Path) -> None:
   if config.init_from and not begun:
     from jepa_jax.convert import warm_start
 
-    warm_start.check(
-      program.state_spec,
-      config.init_from,
-      which=config.init_which,
-      strict=config.init_strict,
-      networks=program.objective.networks,
-    )
+    try:
+      warm_start.check(
+        program.state_spec,
+        config.init_from,
+        which=config.init_which,
+        strict=config.init_strict,
+        networks=program.objective.networks,
+      )
+    except ValueError as error:
+      raise ValueError(f'init_from is "{config.init_from}": {error}') from error
 
 
 def _first_state(program: Any, checkpoints: Any) -> Any:

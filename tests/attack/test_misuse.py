@@ -134,6 +134,51 @@ def test_values_that_do_not_fit_together(call, overrides):
   is_refused(call(TRAIN, *flags), RELATIONS[overrides])
 
 
+# What needs the networks, the data or weights to be found: nothing is left.
+INPUTS = {
+  "checkpoint.best_metric=count/linear/first": "known: count/linear/last",
+  "checkpoint.best_metric=loss|evaluations=": "best_metric",
+  "evaluations.count.features=('first',)": "known: last",
+  "evaluations.count.baselines=('human',)": "known: random, pixels",
+  "evaluations.count.protocols=('svm',)": "known: linear",
+  "evaluations.count=colour": "colour",
+  "evaluations.count.test=validation": "validation",
+  "evaluations.count.test=train[:5]": "share 5 images",
+  "init_from=nowhere": 'init_from is "nowhere": there is no file or folder',
+  "init_from=.": 'init_from is ".": it is neither a run',
+  "data.label=colour|objective=supervised": "colour",
+  "masks.min_keep=500": "min_keep",
+  "masks.name=nothing": "known:",
+  "encoder.patch_size=7": "nearest patch sizes",
+  "mesh.data=3": "does not fit",
+  "encoder.width=16408|encoder.depth=64": "GiB a device",
+  "data.source=folder|data.name=nowhere": "no folder nowhere",
+  "data.source=folder|data.name=": "name the data set, or the folder",
+}
+
+
+@pytest.mark.parametrize("overrides", INPUTS)
+def test_what_is_found_before_anything_is_written(
+  call, overrides, scenes_dir, tmp_path
+):
+  path = tmp_path / "experiment.py"
+  path.write_text(
+    f"import sys; sys.path.append({str(conftest.ROOT / 'tests')!r})\n"
+    "import conftest\n"
+    "from jepa_jax import config\n"
+    "def get_config():\n"
+    "  c = conftest.small_config()\n"
+    f"  c.data.data_dir = {scenes_dir!r}\n"
+    "  c.evaluations.count = config.evaluation('count')\n"
+    "  return c\n"
+  )
+  flags = [f"--config.{override}" for override in overrides.split("|")]
+  code, said = call(TRAIN, "--config", str(path), "--workdir", "w", *flags)
+  last = said.splitlines()[-1]  # before it: what is evaluated on what
+  is_refused((code, last[last.index("ValueError") :] + "\n"), INPUTS[overrides])
+  assert "Traceback" not in said and said.count("ValueError") == 1
+
+
 # ---------------------------------------------------------------------------
 # Files of configs.
 
