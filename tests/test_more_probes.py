@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import test_probes
 
-from jepa_jax.evaluation.protocols import health, knn, knn_grid
+from jepa_jax.evaluation.protocols import (
+  health,
+  knn,
+  knn_grid,
+  linear,
+  low_shot,
+)
 
 
 def test_a_query_never_finds_itself():
@@ -107,3 +113,30 @@ def test_collapsed_features_are_told_from_healthy_ones():
   assert (good["n_test"], good["width"]) == (200, 30)
   with pytest.raises(ValueError, match="2 images"):
     health.health({}, {"features": np.zeros((2, 3))})
+
+
+@pytest.mark.parametrize(
+  "amount, counts", [(0.1, [10, 3, 1, 1]), (5, [5, 5, 2, 1]), (1, [1] * 4)]
+)
+def test_a_draw_has_its_share_of_each_class(amount, counts):
+  labels = np.repeat([4, -2, 9, 7], [100, 30, 2, 1])
+  chosen = low_shot.draw(labels, amount, np.random.default_rng(0))
+  assert [int(np.sum(labels[chosen] == x)) for x in (4, -2, 9, 7)] == counts
+  assert (np.diff(chosen) > 0).all()
+
+
+def test_low_shot_is_the_mean_of_draws_whose_lists_are_kept():
+  train = test_probes.blobs(300, 9, 3, 0.1, seed=1)
+  test = test_probes.blobs(67, 9, 3, 0.1, seed=2)
+  found = low_shot.low_shot(train, test, amount=2)
+  assert found["top1"] == 100 and found["n_train"] == 6
+  assert len(found["lists"]) == 3 == len({tuple(x) for x in found["lists"]})
+  hard = test_probes.blobs(300, 9, 3, 2.0, seed=1)
+  found = low_shot.low_shot(hard, test, amount=0.05, seed=4)
+  assert found["top1"] == pytest.approx(np.mean(found["draws"]), abs=1e-3)
+  first = {k: v[found["lists"][0]] for k, v in hard.items()}
+  alone = linear.linear_probe(first, test, seed=4)
+  assert found["draws"][0] == alone["top1"]
+  assert low_shot.low_shot(hard, test, amount=0.05, seed=4) == found
+  with pytest.raises(ValueError, match="0 draws of 2"):
+    low_shot.low_shot(train, test, amount=2, draws=0)

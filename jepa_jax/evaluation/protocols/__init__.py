@@ -22,6 +22,7 @@ from jepa_jax.evaluation.protocols import (
   knn,
   knn_grid,
   linear,
+  low_shot,
   multilabel,
   protocol,
   ridge,
@@ -36,6 +37,7 @@ PROTOCOLS: dict[str, protocol.Protocol] = {
     multilabel.ROW,
     knn_grid.ROW,
     health.ROW,
+    *low_shot.ROWS,
   )  # fmt: skip
 }
 
