@@ -81,14 +81,10 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     settings = self._settings
     policies: list[Any] = []
-    if settings is not None and not jax.process_index():
+    if settings is not None:
       # Before anything is saved: Orbax would remove these in a thread, which
       # fails the save where that of the manager before is still at it.
-      for half in self._folder.glob(f"{_PROBE}*"):
-        shutil.rmtree(half, ignore_errors=True)
-      for half in self._folder.glob(_HALF):
-        logging.warning("half-written checkpoint %s is removed", half.name)
-        shutil.rmtree(half, ignore_errors=True)
+      self._remove_half_written()
     if settings is not None:
       policies.append(preservation_policy.LatestN(settings.keep))
       if settings.keep_best:
@@ -119,6 +115,15 @@ class Checkpoints:
         else ocp.options.MultiprocessingOptions(),
       ),
     )
+
+  def _remove_half_written(self) -> None:
+    if jax.process_index():
+      return
+    for half in self._folder.glob(f"{_PROBE}*"):
+      shutil.rmtree(half, ignore_errors=True)
+    for half in self._folder.glob(_HALF):
+      logging.warning("half-written checkpoint %s is removed", half.name)
+      shutil.rmtree(half, ignore_errors=True)
 
   def _meet(self, *, key: str, timeout_ms: int) -> None:
     # Where one process cannot write its part, the others are not to wait for
@@ -252,6 +257,8 @@ class Checkpoints:
         f"step {step} could not be saved in {self._folder}, see above; make "
         f"room and start again: it goes on from a checkpoint there ({kept})."
       )
+    # A thread of a save that failed may have written on for a while.
+    self._remove_half_written()
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, ascending."""
