@@ -41,7 +41,11 @@ def check_type(
 
   for row in map(protocols.find, settings.protocols):
     if not takes(row):
-      fit = [x.name for x in protocols.PROTOCOLS.values() if takes(x)]
+      fit = [
+        x.name
+        for x in protocols.PROTOCOLS.values()
+        if takes(x) and x.label != "none"
+      ]
       raise ValueError(
         f'evaluation {name}: label "{settings.label}" is {spec.dtype.name} of '
         f"shape {tuple(spec.shape[1:])} an image, and protocol {row.name} "
