@@ -206,7 +206,11 @@ def settings_of(label, protocols, train="train", test="test"):
 @pytest.mark.parametrize(
   "label, protocol, complaint",
   [
-    ("height", "linear", "is float32 .* takes classes.*fits \\(ridge\\)"),
+    (
+      "height",
+      "linear",
+      "is float32 .* takes classes.*fits \\(ridge, health\\)",
+    ),
     ("height", "ridge", ""),
     ("species", "linear", ""),
     ("species", "ridge", "takes numbers"),
