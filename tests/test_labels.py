@@ -209,7 +209,7 @@ def settings_of(label, protocols, train="train", test="test"):
     (
       "height",
       "linear",
-      "is float32 .* takes classes.*fits \\(ridge, health\\)",
+      "is float32 .* takes classes.*fits \\(ridge",
     ),
     ("height", "ridge", ""),
     ("species", "linear", ""),
