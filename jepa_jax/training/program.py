@@ -294,7 +294,7 @@ def check_memory(program: Program) -> None:
   Raises:
     ValueError: state and batch are larger than a device's memory.
   """
-  device = program.mesh.devices.flat[0]
+  device = program.mesh.local_devices[0]  # others' cannot be asked
   stats = device.memory_stats() or {}
   memory = stats.get("bytes_limit", 0)
   if device.platform == "cpu" and hasattr(os, "sysconf"):
