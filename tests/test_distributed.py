@@ -380,7 +380,7 @@ def test_a_kill_ends_both_and_a_signal_stops_both_and_all_goes_on(
       "--coordinator localhost:1 --num_processes 2 --process_id 2",
       "give 0 to 1",
     ),
-    ("--processes 0", "at least 1"),
+    ("--processes 0", "a whole number, from 1 to"),
     ("--processes 2 --num_processes 2", "neither"),
   ],
 )

@@ -289,7 +289,7 @@ FLAGS = [
   ((TRAIN, "--help_config", "optimiser"), "nearest: optimizer"),
   (("jepa_jax.evaluate", "--workdir", "nowhere"), "holds no run"),
   (("jepa_jax.evaluate", "--workdir", "w", "--step", "last"), "--step"),
-  (("jepa_jax.evaluate", "--config.seed=3"), "required"),
+  (("jepa_jax.evaluate", "--config.seed=3"), "give --workdir"),
   (("jepa_jax.plan", *C), "required: --topology"),
   (("jepa_jax.plan", *C, "--topology", "v9:8"), "v9"),
   (("jepa_jax.plan", *C, "--topology", ""), "known"),
