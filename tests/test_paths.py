@@ -47,7 +47,7 @@ def test_an_address_is_refused_and_nothing_is_made(
   monkeypatch.chdir(tmp_path)
   text = str(address)
   flags = argparse.Namespace(
-    workdir=text, report_only=False, folder=text, action="verify"
+    workdir=text, weights=None, report_only=False, folder=text, action="verify"
   )
   for try_it in (
     lambda: train.train_and_evaluate(config, address),

@@ -49,7 +49,7 @@ def make_batch(program, seed=0):
 CHANGES = {
   "supervised": {"method.classes": 9},
   "mae": {"encoder.class_token": True},
-  "data2vec": {"method.layers": 3, "encoder.registers": 2},
+  "data2vec": {"method.layers": 2, "encoder.registers": 2},
 }
 
 
