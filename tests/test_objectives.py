@@ -39,9 +39,11 @@ def runs(request, tmp_path_factory, scenes_dir):
   config = run_config(request.param, scenes_dir)
   folder = tmp_path_factory.mktemp("runs")
   assert train.train_and_evaluate(config, folder / "whole") == 0
-  code = train.train_and_evaluate(config, folder / "halves", stop_at=3)
+  bare = config.copy_and_resolve_references()
+  bare.evaluations = {}
+  code = train.train_and_evaluate(bare, folder / "halves", stop_at=3)
   assert code == command.EXIT_PREEMPTED
-  assert train.train_and_evaluate(config, folder / "halves") == 0
+  assert train.train_and_evaluate(bare, folder / "halves") == 0
   return config, folder / "whole", folder / "halves"
 
 

@@ -69,8 +69,10 @@ class Checkpoints:
     self._claim = claim
     logging.get_absl_logger().addFilter(_is_ours)  # once, if it is there
     self.losses: list[tuple[int, float]] = []
-    if settings is not None and not jax.process_index():
-      self._try_to_write()
+    if settings is not None:
+      with distributed.first_process_first("folder of checkpoints"):
+        if not jax.process_index():
+          self._try_to_write()
     elif not self._folder.is_dir():
       raise ValueError(f"no checkpoints in {self._folder}.")
     self._saving: int | None = None  # step that is not known to be on disk
