@@ -83,6 +83,11 @@ STEPS = {
     "h200:8",
     ("mesh.fsdp=8", "compute.attention=cudnn"),
   ),
+  "mae_in1k.py:vith14": ("h100:8", ("mesh.fsdp=8",)),
+  "data2vec_in1k.py:vitb16": (
+    "a100:4",
+    ("method.layers=2", "compute.attention=cudnn"),
+  ),
 }
 
 
