@@ -52,6 +52,7 @@ def _verify(checkpoint: pathlib.Path) -> int:
 
   from jepa_jax.training import digests
 
+  verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what is as it should
   started = time.perf_counter()
   try:
@@ -65,6 +66,8 @@ def _verify(checkpoint: pathlib.Path) -> int:
     text = " ".join(str(error).split())
     print(f"step {checkpoint.name}: DAMAGED: {text:.300}")
     return _DAMAGED
+  finally:
+    logging.set_verbosity(verbosity)
   what = (
     "can be read; it was saved without digests"
     if record is None
