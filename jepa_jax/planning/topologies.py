@@ -111,6 +111,10 @@ def devices_of(topology: str) -> list[Any]:
     ValueError: the compiler is missing, or does not know the topology.
   """
   family, _, shape = topology.partition(":")
+  if family not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+)*", shape):
+    raise ValueError(
+      f'unknown topology "{topology}"; known: {known_topologies()}.'
+    )
   return (_gpus if family in _GPUS else _tpus)(family, shape)
 
 
