@@ -37,7 +37,7 @@ def defaults(objective: str = "") -> ml_collections.ConfigDict:
 
   Args:
     objective: name of the one to train, whose own keys are under `method`; ""
-      for the default, which has none.
+      for the default.
 
   Raises:
     ValueError: no such objective.
@@ -45,9 +45,8 @@ def defaults(objective: str = "") -> ml_collections.ConfigDict:
   config = _build(config_table.KEYS)
   config.method = ml_collections.ConfigDict()
   config.evaluations = ml_collections.ConfigDict()
-  if objective:
-    config.objective = objective
-    fill_method(config)
+  config.objective = objective or config.objective
+  fill_method(config)
   return config
 
 
@@ -152,6 +151,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     if data.get("source") == "folder" and "label" not in data:
       data["split"] = "all"  # a folder had no splits
     config = defaults()
+    config.method = ml_collections.ConfigDict()  # perhaps another's
     with config.ignore_type():
       config.update(restore(stored))
       for name, settings in config.evaluations.items():

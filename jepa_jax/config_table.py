@@ -313,6 +313,34 @@ KEYS: dict[str, keys.Key] = {
   ),
   "evaluate_every": Key("0 steps", durations.Span(), "0: at the end alone"),
 }
+_WEIGHT = number(0.0, 1e6)
+# Of the default objective, under `method`. They are not in its file, for that
+# imports JAX.
+IJEPA: dict[str, keys.Key] = {
+  "target_layers": Key(
+    1, whole(1, 256), "last blocks of the target encoder that are averaged"
+  ),
+  "target_norm": Key(
+    "layer",
+    keys.Choice(("layer", "position", "none")),
+    "of the targets: layer norm as released; or each feature standardised over "
+    "the batch, position by position",
+  ),
+  "variance": Key(
+    0.0,
+    _WEIGHT,
+    "weight of a hinge on standard deviations, over the batch, of the averaged "
+    "context features; 0: off",
+  ),
+  "covariance": Key(
+    0.0, _WEIGHT, "weight of the same features' squared covariances; 0: off"
+  ),
+  "sigreg": Key(
+    0.0,
+    _WEIGHT,
+    "weight of their distance from a standard normal distribution; 0: off",
+  ),
+}
 # What is said of a group of keys.
 GROUPS = {
   "optimizer": "AdamW",
@@ -324,7 +352,7 @@ GROUPS = {
   "well outside of what healthy runs and random ViTs show: standard deviation "
   ".05 to .08, effective rank 6 to 47, cosine .990 to .996 (all images share "
   "their positions, hence the strict limit)",
-  "method": "keys of the objective's own; the default one has none",
+  "method": "keys of the objective's own",
   "evaluations": "evaluations of the target encoder: name -> `evaluation(...)`",
 }
 # The keys of one of config.evaluations, beside `data` with keys of config.data.

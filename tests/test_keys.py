@@ -287,13 +287,14 @@ def experiment(folder, objective):
 
 def test_an_objective_brings_its_keys(tmp_path):
   plain, other = (experiment(tmp_path, name) for name in ("", ""))
-  assert command.load_config(plain).method.to_dict() == {}
+  own = {name: key.default for name, key in config_table.IJEPA.items()}
+  assert command.load_config(plain).method.to_dict() == own
   flag = f"--config.objective={OUTSIDE_OBJECTIVE}"
   config = command.load_config(other, ["--config.method.classes=7", flag])
   assert config.method.to_dict() == {"classes": 7, "keep": 0.9}
   path = experiment(tmp_path, OUTSIDE_OBJECTIVE)
   config = command.load_config(path, ["--config.objective=ijepa"])
-  assert config.method.to_dict() == {}
+  assert config.method.to_dict() == own
   with pytest.raises(ValueError, match="method.classes is 1; it needs a whole"):
     command.load_config(path, ["--config.method.classes=1"])
   with pytest.raises(ValueError, match="nearest: method.classes"):
@@ -307,8 +308,6 @@ def test_an_objective_without_its_keys_is_told_how_to_get_them():
     config_lib.check(config)
 
 
-def test_the_default_objective_has_no_keys_of_its_own():
+def test_the_default_objective_has_the_keys_of_the_table():
   default = config_table.KEYS["objective"].default
-  assert not objectives.load(
-    default
-  ).keys  # known_keys.of_objective counts on it
+  assert objectives.load(default).keys is config_table.IJEPA

@@ -18,12 +18,12 @@ ORDER = (
   "evaluation",
   "planning",
   "training",
-  *("config", "known_keys", "config_table"),
+  *("config", "known_keys"),
   *("data", "render"),
   "objectives",
   "masks",
   "models",
-  *("durations", "keys"),
+  *("config_table", "durations", "keys"),
   "paths",
 )
 # Below them, and yet not for them: commands hand such things in.

@@ -59,11 +59,7 @@ class Data2Vec(objectives.Objective):
     """Builds the encoder that a config describes; see Objective."""
     shape = objectives.image_shape(config)
     grid = models.patch_grid(*shape[:2], config.encoder.patch_size)
-    if config.method.layers > config.encoder.depth:
-      raise ValueError(
-        f"method.layers is {config.method.layers} and encoder.depth "
-        f"{config.encoder.depth}; average no more blocks than there are."
-      )
+    ijepa.check_layers(config, "layers")
     return cls(
       encoder=models.Encoder(
         **config.encoder, **objectives.compute(config, kernels)

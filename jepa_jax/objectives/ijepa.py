@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from jepa_jax import masks, models, objectives
+from jepa_jax import config_table, masks, models, objectives
 from jepa_jax.models import flops
+from jepa_jax.objectives import regularizers
 
 # The released code normalises targets with PyTorch's default epsilon.
 _TARGET_NORM_EPSILON = 1e-5
@@ -23,6 +24,21 @@ def normalize_targets(features: jax.Array) -> jax.Array:
   x = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.square(x).mean(axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(variance + _TARGET_NORM_EPSILON)
+
+
+def standardize_positions(features: jax.Array) -> jax.Array:
+  """[B, N, D] with mean 0 and variance 1 over B, each position by itself."""
+  x = features - features.mean(axis=0)
+  return x * jax.lax.rsqrt(jnp.square(x).mean(axis=0) + _TARGET_NORM_EPSILON)
+
+
+def check_layers(config: ml_collections.ConfigDict, name: str) -> None:
+  """Raises a ValueError where method.NAME is more blocks than there are."""
+  if config.method[name] > config.encoder.depth:
+    raise ValueError(
+      f"method.{name} is {config.method[name]} and encoder.depth "
+      f"{config.encoder.depth}; average no more blocks than there are."
+    )
 
 
 def elementwise_loss(difference: jax.Array, name: str) -> jax.Array:
@@ -42,6 +58,13 @@ def masked_mean(x: jax.Array, valid: jax.Array | None) -> jax.Array:
   return total / jnp.maximum(valid.sum(axis=patches), 1)
 
 
+def pool_context(context: jax.Array, batch: objectives.Batch) -> jax.Array:
+  """Mean over the context's patches, without tokens: [B, S, K, D] -> [B, D]."""
+  count = batch["context_ids"].shape[-1]  # tokens stand before the patches
+  context = context[..., -count:, :].astype(jnp.float32)
+  return masked_mean(context, batch.get("context_valid"))
+
+
 @dataclasses.dataclass(frozen=True)
 class IJEPA(objectives.Objective):
   """The objective of the paper.
@@ -54,6 +77,19 @@ class IJEPA(objectives.Objective):
     mean: of the images a channel, on a scale of 0 to 1.
     std: of the images a channel.
     loss_name: "smooth_l1" as released or "l2" as in the paper.
+    target_layers: last blocks of the target encoder whose outputs are averaged.
+    target_norm: "layer", as released; "position" to standardise each feature
+      over the batch, position by position, so that what all images share there
+      is no target; or "none".
+    variance: weight of regularizers.variance of the averaged context features.
+    covariance: weight of regularizers.covariance of the same.
+    sigreg: weight of regularizers.sigreg of the same.
+
+  What is of the batch (the position's statistics and the last three) is of a
+  microbatch where accumulate_steps cuts it.
+
+  Reference: Mo and Tong 2024 (variance and covariance), arXiv:2410.19560;
+    Balestriero and LeCun 2025 (SIGReg), arXiv:2511.08544.
 
   Differs: the loss is the mean over targets that are not padding; where a
   batch has one block size, as with the released sampler, that is the mean
@@ -67,7 +103,13 @@ class IJEPA(objectives.Objective):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   loss_name: str
+  target_layers: int = 1
+  target_norm: str = "layer"
+  variance: float = 0.0
+  covariance: float = 0.0
+  sigreg: float = 0.0
 
+  keys: ClassVar = config_table.IJEPA
   normalize: ClassVar = staticmethod(normalize_targets)
   # Whether the predictor sees the encoder's class token and registers too.
   tokens_predict: ClassVar[bool] = False
@@ -82,6 +124,8 @@ class IJEPA(objectives.Objective):
     shape = objectives.image_shape(config)
     compute = objectives.compute(config, kernels)
     grid = models.patch_grid(*shape[:2], config.encoder.patch_size)
+    if "target_layers" in cls.keys:
+      check_layers(config, "target_layers")
     return cls(
       encoder=models.Encoder(**config.encoder, **compute),
       predictor=models.Predictor(
@@ -92,6 +136,7 @@ class IJEPA(objectives.Objective):
       mean=tuple(config.data.mean),
       std=tuple(config.data.std),
       loss_name=config.loss,
+      **{name: config.method[name] for name in cls.keys},
     )
 
   @staticmethod
@@ -149,11 +194,20 @@ class IJEPA(objectives.Objective):
   ) -> jax.Array:
     """The target encoder's features of the target patches, [B, M, T, D]."""
     del buffers
-    return self.encoder.apply(
+    ids = batch["target_ids"]
+    by_position = self.target_norm == "position"  # needs all images everywhere
+    features = self.encoder.apply(
       {"params": target_params["encoder"]},
       models.normalize_images(batch["image"], self.mean, self.std),
-      query_ids=batch["target_ids"],
+      layers=self.target_layers,
+      query_ids=None if by_position else ids,
     ).astype(jnp.float32)
+    if self.target_layers > 1:
+      outputs = (*features.shape[:-1], self.target_layers, -1)
+      features = normalize_targets(features.reshape(outputs)).mean(axis=-2)
+    if by_position:
+      features = models.gather_patches(standardize_positions(features), ids)
+    return features
 
   def loss(
     self,
@@ -169,7 +223,7 @@ class IJEPA(objectives.Objective):
       params: {"encoder", "predictor"}.
       targets: [B, M, T, D], not yet normalised.
       batch: as batch_spec says.
-      rng: key for dropout and stochastic depth.
+      rng: key for dropout, stochastic depth and SIGReg's directions.
       buffers: unused.
 
     Returns:
@@ -201,9 +255,9 @@ class IJEPA(objectives.Objective):
 
     if target_valid is None:
       target_valid = jnp.ones(target_ids.shape, bool)
-    errors = elementwise_loss(
-      predictions - self.normalize(targets)[:, None], self.loss_name
-    )
+    layer_norm = self.target_norm == "layer"
+    goals = self.normalize(targets) if layer_norm else targets
+    errors = elementwise_loss(predictions - goals[:, None], self.loss_name)
     errors = jnp.where(target_valid[:, None, ..., None], errors, 0.0)
     num_contexts, width = predictions.shape[1], predictions.shape[-1]
     patches = target_valid.sum().astype(jnp.float32)
@@ -212,21 +266,42 @@ class IJEPA(objectives.Objective):
       norms = jnp.where(valid, jnp.linalg.norm(x, axis=-1), 0.0)
       return norms.sum() / (patches * (x.size // targets.size))
 
+    total, weight = errors.sum(), patches * num_contexts * width
+    terms = self.regularization(context, batch, rng)
     return objectives.Loss(
-      total=errors.sum(),
-      weight=patches * num_contexts * width,
+      total=total + weight * sum(getattr(self, k) * x for k, x in terms.items())
+      if terms
+      else total,
+      weight=weight,
       metrics={
         "prediction_norm": mean_norm(predictions, target_valid[:, None]),
         "target_norm": mean_norm(targets, target_valid),
+        **terms,
       },
       features=self.watched(targets, context, batch),
     )
 
+  def regularization(
+    self, context: jax.Array, batch: objectives.Batch, rng: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Terms that have a weight, of the context's features."""
+    terms = {
+      "variance": regularizers.variance,
+      "covariance": regularizers.covariance,
+      "sigreg": lambda x: regularizers.sigreg(x, jax.random.fold_in(rng, 1)),
+    }
+    pooled = pool_context(context, batch)
+    return {k: term(pooled) for k, term in terms.items() if getattr(self, k)}
+
   def watched(
     self, targets: jax.Array, context: jax.Array, batch: objectives.Batch
   ) -> jax.Array:
-    """Features [B, D] that show a collapse: the targets, averaged."""
-    del context
+    """Features [B, D] that show a collapse: the targets, averaged.
+
+    Where each is standardised they cannot, and the context's are taken.
+    """
+    if self.target_norm == "position":
+      return pool_context(context, batch)
     return masked_mean(targets, batch.get("target_valid"))
 
   def facts(self) -> dict[str, Any]:
@@ -257,5 +332,7 @@ class IJEPA(objectives.Objective):
       self.encoder,
       rows * columns,
       self.image_shape[-1],
-      queries=self.shapes.num_targets * self.shapes.target_patches,
+      queries=None
+      if self.target_norm == "position"
+      else self.shapes.num_targets * self.shapes.target_patches,
     )

@@ -8,9 +8,9 @@ L/16: 40.7 against 66.9 of predicted representations).
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from jepa_jax import models
@@ -20,6 +20,8 @@ from jepa_jax.objectives import ijepa
 @dataclasses.dataclass(frozen=True)
 class PixelIJEPA(ijepa.IJEPA):
   """See above; attributes are those of IJEPA."""
+
+  keys: ClassVar = {}  # what I-JEPA's change is the target encoder's
 
   @staticmethod
   def target_width(config: ml_collections.ConfigDict) -> int:
@@ -38,9 +40,7 @@ class PixelIJEPA(ijepa.IJEPA):
 
   def watched(self, targets, context, batch) -> jax.Array:
     """The context's features, averaged, for pixels cannot collapse."""
-    count = batch["context_ids"].shape[-1]  # tokens stand before the patches
-    context = context[..., -count:, :].astype(jnp.float32)
-    return ijepa.masked_mean(context, batch.get("context_valid"))
+    return ijepa.pool_context(context, batch)
 
   def target_flops(self) -> int:
     """Pixels cost no product."""

@@ -1,0 +1,132 @@
+"""What may be added to I-JEPA, each held to its definition."""
+
+from conftest import small_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_program import make_batch
+
+from jepa_jax import config as config_lib
+from jepa_jax import models, objectives
+from jepa_jax.objectives import ijepa, regularizers
+
+
+class Spec:
+  """What make_batch reads of a program, without one."""
+
+  def __init__(self, objective):
+    self.batch_spec = objective.batch_spec(6)
+
+
+def of(**method):
+  config = small_config()
+  config.encoder.depth = 3
+  config.method.update(method)
+  return objectives.load("ijepa").from_config(config)
+
+
+@pytest.fixture(scope="module")
+def plain():
+  """The objective with its defaults, parameters, a batch and its loss."""
+  objective = of()
+  params = jax.jit(objective.init)(jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: x + 0.1 * jnp.cos(7 * jnp.arange(x.size).reshape(x.shape)), params
+  )
+  batch = jax.tree.map(jnp.asarray, make_batch(Spec(objective)))
+  return objective, params, batch, loss(objective, params, batch)
+
+
+def loss(objective, params, batch):
+  def run(params, batch):
+    targets = objective.targets(params, batch, {})
+    return targets, objective.loss(params, targets, batch, RNG, {})
+
+  return jax.jit(run)(params, batch)
+
+
+RNG = jax.random.key(3)
+
+
+def pooled_by_hand(objective, params, batch):
+  images = models.normalize_images(
+    batch["image"], objective.mean, objective.std
+  )
+  ids, valid = batch["context_ids"], batch["context_valid"]
+  features = objective.encoder.apply(
+    {"params": params["encoder"]}, images, ids, valid
+  )
+  return jnp.stack([f[v].mean(axis=0) for f, v in zip(features, valid)])
+
+
+def test_terms_are_added_with_their_weights(plain):
+  objective, params, batch, (_, base) = plain
+  x = pooled_by_hand(objective, params, batch)
+  directions = jax.random.fold_in(RNG, 1)
+  weights = dict(variance=2.0, covariance=3.0, sigreg=0.5)
+  terms = dict(
+    variance=regularizers.variance(x),
+    covariance=regularizers.covariance(x),
+    sigreg=regularizers.sigreg(x, directions),
+  )
+  _, found = loss(of(**weights), params, batch)
+  for name, term in terms.items():
+    np.testing.assert_allclose(found.metrics[name], term, rtol=1e-4)
+    assert term > 1e-3
+  expected = sum(weights[k] * terms[k] for k in weights)
+  np.testing.assert_allclose(
+    found.total / found.weight - base.total / base.weight, expected, rtol=1e-4
+  )
+  assert not {*weights} & {*base.metrics}
+
+
+def whole_images(objective, params, batch, **how):
+  images = models.normalize_images(
+    batch["image"], objective.mean, objective.std
+  )
+  return objective.encoder.apply({"params": params["encoder"]}, images, **how)
+
+
+def test_targets_by_position_say_what_is_special_there(plain):
+  objective, params, batch, _ = plain
+  features = np.asarray(whole_images(objective, params, batch))  # [B, N, D]
+  expected = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-5)
+  ids = batch["target_ids"]
+  expected = np.stack([f[i] for f, i in zip(expected, ids)])
+  targets, found = loss(of(target_norm="position"), params, batch)
+  np.testing.assert_allclose(targets, expected, atol=2e-3)
+  # They cannot collapse, so that something else is watched.
+  pooled = pooled_by_hand(objective, params, batch)
+  np.testing.assert_allclose(found.features, pooled, atol=1e-4)
+
+
+def test_the_last_blocks_are_averaged_and_normalised_or_not(plain):
+  objective, params, batch, (targets, base) = plain
+  features = whole_images(objective, params, batch, layers=2)
+  halves = jnp.split(features, 2, axis=-1)
+  mean = sum(map(ijepa.normalize_targets, halves)) / 2
+  expected = models.gather_patches(mean, batch["target_ids"])
+  averaged, _ = loss(of(target_layers=2), params, batch)
+  np.testing.assert_allclose(averaged, expected, atol=1e-4)
+  # Without a norm the loss is that of features as they are.
+  unchanged, found = loss(of(target_norm="none"), params, batch)
+  np.testing.assert_array_equal(unchanged, targets)
+  given = of().loss
+  same, _ = jax.jit(
+    lambda t: (
+      of(target_norm="none").loss(params, t, batch, RNG, {}).total,
+      given(params, t, batch, RNG, {}).total,
+    )
+  )(ijepa.normalize_targets(targets))
+  np.testing.assert_allclose(same, base.total, rtol=1e-4)
+  assert abs(float(found.total - base.total)) > 1e-2 * float(base.total)
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "data2vec"])
+def test_more_blocks_than_there_are_cannot_be_averaged(objective):
+  config = config_lib.defaults(objective)
+  name = "target_layers" if objective == "ijepa" else "layers"
+  config.method[name] = 33
+  with pytest.raises(ValueError, match=f"method.{name} is 33 and.*depth 32"):
+    objectives.load(objective).from_config(config)
