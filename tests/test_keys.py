@@ -301,6 +301,19 @@ def test_an_objective_brings_its_keys(tmp_path):
     command.load_config(path, ["--config.method.clases=7"])
 
 
+def test_an_experiment_may_name_its_objective_after_the_defaults(tmp_path):
+  path = tmp_path / "experiment.py"
+  path.write_text(
+    "from jepa_jax import config\n"
+    "def get_config():\n"
+    "  c = config.defaults()\n"
+    f"  c.objective = {OUTSIDE_OBJECTIVE!r}\n"
+    "  return c\n"
+  )
+  config = command.load_config(str(path))
+  assert config.method.to_dict() == {"classes": 11, "keep": 0.9}
+
+
 def test_an_objective_without_its_keys_is_told_how_to_get_them():
   config = conftest.small_config()
   config.objective = OUTSIDE_OBJECTIVE
