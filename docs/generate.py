@@ -44,6 +44,7 @@ MODULES = (
   "jepa_jax.evaluation.protocols",
   "jepa_jax.evaluation.protocols.protocol",
   "jepa_jax.evaluation.protocols.linear",
+  "jepa_jax.evaluation.protocols.linear_grid",
   "jepa_jax.evaluation.protocols.knn",
   "jepa_jax.evaluation.protocols.ridge",
   "jepa_jax.train",

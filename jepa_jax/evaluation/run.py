@@ -275,6 +275,8 @@ def _examples(settings, found, widths):
   def side(split, encoder, kind):
     columns = encoders.columns(kind, widths[encoder])
     side = {"features": found[split]["features"][encoder][:, columns]}
+    if kind != "pixels":
+      side["width"] = widths[encoder]
     if label_checks.names(settings):
       side["labels"] = found[split]["labels"][settings.label]
     return side

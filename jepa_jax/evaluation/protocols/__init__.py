@@ -22,6 +22,7 @@ from jepa_jax.evaluation.protocols import (
   knn,
   knn_grid,
   linear,
+  linear_grid,
   low_shot,
   multilabel,
   protocol,
@@ -37,6 +38,7 @@ PROTOCOLS: dict[str, protocol.Protocol] = {
     multilabel.ROW,
     knn_grid.ROW,
     health.ROW,
+    *linear_grid.ROWS,
     *low_shot.ROWS,
   )  # fmt: skip
 }

@@ -75,7 +75,7 @@ def linear_probe(
     )
   mean, scale = features.statistics(train["features"])
   inputs = jnp.asarray((train["features"] - mean) / scale)
-  held_out = _stratified(targets, holdout, seed)
+  held_out = stratified(targets, holdout, seed)
   fit = Regression(inputs, targets, len(classes), max_iterations, tolerance)
 
   scores, solutions = {}, {}
@@ -202,7 +202,7 @@ def logits(inputs: Any, weights: Any, bias: Any) -> np.ndarray:
   return np.asarray(inputs, np.float32) @ np.asarray(weights) + np.asarray(bias)
 
 
-def _stratified(targets, share, seed):
+def stratified(targets, share, seed):
   """Bool [n]: `share` of each class, but never a class's only image."""
   random = np.random.default_rng(seed)
   held_out = np.zeros(len(targets), bool)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-Examples = Mapping[str, np.ndarray]  # {"features": [n, D], "labels": [n]}
+# {"features": [n, D], "labels": [n], "width": features of one layer; of more,
+# those of the last layer are the last}
+Examples = Mapping[str, Any]
 
 # Kind of label -> what it is, for messages.
 KINDS = {
