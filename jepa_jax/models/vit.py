@@ -8,6 +8,7 @@ Reference: Dosovitskiy et al. 2021, arXiv:2010.11929; Assran et al. 2023,
 section 3 and appendix A, arXiv:2301.08243.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -123,35 +124,18 @@ class Encoder(nn.Module):
         "got query_ids and patch_ids or all_tokens; query_ids are of the "
         "patches of whole images alone."
       )
-    patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
-    grid = patches_lib.patch_grid(*images.shape[1:3], self.patch_size)
-    positions = self._positions(grid)
-    if patch_ids is not None:
-      # [B, (S,) K, patch pixels]
-      patches = patches_lib.gather_patches(patches, patch_ids)
-      positions = positions[patch_ids]
-    lead = patches.shape[:-1]
     compute = dict(dtype=self.dtype, kernels=self.kernels)
-    x = transformer.Dense(self.width, **compute, name="patch_embed")(patches)
-    if masked is not None:
-      token = self._token("mask_token")
-      x = jnp.where(masked[..., None], token.astype(self.dtype), x)
-    x += positions.astype(self.dtype)
+    x = self._embed(images, patch_ids, masked)
+    lead = x.shape[:-1]
     x = x.reshape(-1, lead[-1], self.width)  # [B * S, K, D]
     if valid is not None:
       valid = valid.reshape(-1, lead[-1])
     x, valid = self._prepend_tokens(x, valid)
-    select = early = None
+    select, early = self._selection(query_ids, x.shape[1], all_tokens)
     if query_ids is not None:
       lead = query_ids.shape
-      flat_ids = self.num_tokens + jax.lax.collapse(query_ids, 1)
-      select = lambda x: patches_lib.gather_patches(x, flat_ids)
-      # Patches may be named several times: all of them may be fewer.
-      early = select if flat_ids.shape[1] < x.shape[1] else None
     elif all_tokens:
       lead = (*lead[:-1], x.shape[1])
-    elif self.num_tokens:
-      select = lambda x: x[:, self.num_tokens :]
     *outputs, last = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -175,10 +159,49 @@ class Encoder(nn.Module):
     x = jnp.concatenate(outputs, axis=-1)
     return x.reshape(*lead, layers * self.width)
 
+  def _selection(
+    self, query_ids: jax.Array | None, length: int, all_tokens: bool
+  ) -> tuple[Callable | None, Callable | None]:
+    """What takes the outputs asked for from all tokens [B, length, D].
+
+    Returns:
+      For outputs; and for the last block, where it may do so for its queries.
+    """
+    if query_ids is not None:
+      ids = self.num_tokens + jax.lax.collapse(query_ids, 1)
+      select = lambda x: patches_lib.gather_patches(x, ids)
+      # Patches may be named several times: all of them may be fewer.
+      return select, select if ids.shape[1] < length else None
+    if all_tokens or not self.num_tokens:
+      return None, None
+    return lambda x: x[:, self.num_tokens :], None
+
   @property
   def num_tokens(self) -> int:
     """Class token and registers."""
     return self.class_token + self.registers
+
+  def _embed(
+    self,
+    images: jax.Array,
+    patch_ids: jax.Array | None,
+    masked: jax.Array | None,
+  ) -> jax.Array:
+    """The patches as tokens with their positions, [B, (S,) K, D]."""
+    patches = patches_lib.patchify(images, self.patch_size).astype(self.dtype)
+    grid = patches_lib.patch_grid(*images.shape[1:3], self.patch_size)
+    positions = self._positions(grid)
+    if patch_ids is not None:
+      # [B, (S,) K, patch pixels]
+      patches = patches_lib.gather_patches(patches, patch_ids)
+      positions = positions[patch_ids]
+    x = transformer.Dense(
+      self.width, dtype=self.dtype, kernels=self.kernels, name="patch_embed"
+    )(patches)
+    if masked is not None:
+      token = self._token("mask_token")
+      x = jnp.where(masked[..., None], token.astype(self.dtype), x)
+    return x + positions.astype(self.dtype)
 
   def _token(self, name: str, count: int = 1) -> jax.Array:
     """A parameter; three axes as in the released code, so that it decays."""
@@ -287,14 +310,9 @@ class Predictor(nn.Module):
     positions = jnp.asarray(
       patches_lib.sincos_positions(grid, self.width, wide), self.dtype
     )
-    places = positions[context_ids]
-    if tokens := k - context_ids.shape[2]:
-      at_the_front = ((0, 0), (0, 0), (tokens, 0))
-      places = jnp.pad(places, (*at_the_front, (0, 0)))
-      if context_valid is not None:
-        context_valid = jnp.pad(
-          context_valid, at_the_front, constant_values=True
-        )
+    places, context_valid = _with_tokens(
+      k - context_ids.shape[2], positions[context_ids], context_valid
+    )
     seen = dense(self.width, name="embed")(context) + places
     # Three axes as in the released code, where only tensors of fewer than two
     # are free of weight decay: the mask token is decayed.
@@ -319,12 +337,9 @@ class Predictor(nn.Module):
 
     valid = None
     if context_valid is not None or target_valid is not None:
-      if context_valid is None:
-        context_valid = jnp.ones(context.shape[:3], bool)
-      if target_valid is None:
-        target_valid = jnp.ones(target_ids.shape, bool)
-      valid = pair(concat(context_valid, target_valid))
-    (x,) = transformer.Transformer(
+      seen_valid = _or_true(context_valid, context.shape[:3])
+      valid = pair(concat(seen_valid, _or_true(target_valid, target_ids.shape)))
+    blocks = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
       mlp_ratio=self.mlp_ratio,
@@ -333,13 +348,23 @@ class Predictor(nn.Module):
       remat_every=self.remat_every,
       **compute,
       name="transformer",
-    )(
-      concat(seen, mask_tokens),
-      valid,
-      train=train,
-      expand=pair,
-      select=lambda x: x[:, k:],
     )
+    both, last = concat(seen, mask_tokens), lambda x: x[:, k:]
+    (x,) = blocks(both, valid, train=train, expand=pair, select=last)
     x = transformer.LayerNorm(**compute, name="norm")(x)
     x = dense(self.output_width, name="project")(x)
     return x.reshape(b, s, m, t, self.output_width)
+
+
+def _with_tokens(
+  count: int, places: jax.Array, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """[B, S, K, P] and [B, S, K] for tokens without a position in front."""
+  at_the_front = ((0, 0), (0, 0), (count, 0))
+  if valid is not None:
+    valid = jnp.pad(valid, at_the_front, constant_values=True)
+  return jnp.pad(places, (*at_the_front, (0, 0))), valid
+
+
+def _or_true(valid: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.ones(shape, bool) if valid is None else valid

@@ -58,30 +58,17 @@ def knn_grid(
     )
   mean, scale = features.statistics(train["features"])
   units = [knn.unit_rows((x["features"] - mean) / scale) for x in (train, test)]
-  bank = jnp.asarray(units[0])
-
-  def classified(queries, itself):
-    """{(k, temperature): columns of `classes` [B], scores [B, K]}."""
-    found = {(k, t): [] for k in ks for t in heats}
-    for start in range(0, len(queries), chunk):
-      part = queries[start : start + chunk]
-      near, who = map(
-        np.asarray, knn.neighbours(bank, part, ks[0] + int(itself))
-      )
-      if itself:
-        near, who = _others(near, who, np.arange(start, start + len(part)))
-      said = np.eye(len(classes), dtype=np.float32)[targets[who]]
-      for k, t in found:
-        weights = np.exp((near[:, :k] - 1) / t)
-        found[k, t].append(np.einsum("bk,bkc->bc", weights, said[:, :k]))
-    return {pair: np.concatenate(scores) for pair, scores in found.items()}
-
+  pairs = [(k, t) for k in ks for t in heats]
+  said = np.eye(len(classes), dtype=np.float32)[targets]
+  classified = lambda side, itself: _classified(
+    units[0], said, units[side], pairs, chunk, itself
+  )
   own = {
     pair: accuracy.percent(scores.argmax(axis=1) == targets)
-    for pair, scores in classified(units[0], True).items()
+    for pair, scores in classified(0, True).items()
   }
   best = max(own, key=own.get)
-  on_test = classified(units[1], False)
+  on_test = classified(1, False)
   labels = np.asarray(test["labels"])
   top1 = {
     pair: accuracy.percent(classes[scores.argmax(axis=1)] == labels)
@@ -97,6 +84,21 @@ def knn_grid(
     "best_on_test_k": luckiest[0],
     "best_on_test_temperature": luckiest[1],
   }
+
+
+def _classified(bank, said, queries, pairs, chunk, itself):
+  """Scores [B, K] of each (k, temperature), the largest k first."""
+  bank, most = jnp.asarray(bank), pairs[0][0]
+  found = {pair: [] for pair in pairs}
+  for start in range(0, len(queries), chunk):
+    part = queries[start : start + chunk]
+    near, who = map(np.asarray, knn.neighbours(bank, part, most + int(itself)))
+    if itself:
+      near, who = _others(near, who, np.arange(start, start + len(part)))
+    for k, t in pairs:
+      weights = np.exp((near[:, :k] - 1) / t)
+      found[k, t].append(np.einsum("bk,bkc->bc", weights, said[who[:, :k]]))
+  return {pair: np.concatenate(scores) for pair, scores in found.items()}
 
 
 def _others(near, who, itself):

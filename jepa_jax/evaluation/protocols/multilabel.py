@@ -53,24 +53,7 @@ def multilabel(
     ValueError: shapes disagree, no class has images with and without it, or no
       strength or holdout that makes sense.
   """
-  protocol.check(train, test, "classes")
-  if not 0 < holdout < 1 or not strengths or min(strengths) <= 0:
-    raise ValueError(
-      f"multilabel got holdout={holdout}, strengths={tuple(strengths)}; it "
-      "needs 0 < holdout < 1 and at least one strength above 0."
-    )
-  targets, wanted = (np.asarray(x["labels"]) for x in (train, test))
-  if targets.shape[1] != wanted.shape[1]:
-    raise ValueError(
-      f"train has {targets.shape[1]} classes, test has {wanted.shape[1]}; both "
-      "need the same columns."
-    )
-  varies = (targets.max(axis=0) == 1) & (targets.min(axis=0) == 0)
-  if not varies.any() or not wanted.any():
-    raise ValueError(
-      "no class that only a part of the training images has, or none in the "
-      "test images; use more images or another label."
-    )
+  targets, wanted = _checked(train, test, strengths, holdout)
   mean, scale = features.statistics(train["features"])
   inputs = jnp.asarray((train["features"] - mean) / scale)
   fit = linear.Regression(
@@ -110,6 +93,29 @@ def multilabel(
     "classes": targets.shape[1],
     "unseen": int((wanted.any(axis=0) & ~targets.any(axis=0)).sum()),
   }
+
+
+def _checked(train, test, strengths, holdout):
+  """Labels of both sides, [n, K] and [B, K]."""
+  protocol.check(train, test, "classes")
+  if not 0 < holdout < 1 or not strengths or min(strengths) <= 0:
+    raise ValueError(
+      f"multilabel got holdout={holdout}, strengths={tuple(strengths)}; it "
+      "needs 0 < holdout < 1 and at least one strength above 0."
+    )
+  targets, wanted = (np.asarray(x["labels"]) for x in (train, test))
+  if targets.shape[1] != wanted.shape[1]:
+    raise ValueError(
+      f"train has {targets.shape[1]} classes, test has {wanted.shape[1]}; both "
+      "need the same columns."
+    )
+  varies = (targets.max(axis=0) == 1) & (targets.min(axis=0) == 0)
+  if not varies.any() or not wanted.any():
+    raise ValueError(
+      "no class that only a part of the training images has, or none in the "
+      "test images; use more images or another label."
+    )
+  return targets, wanted
 
 
 def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
