@@ -14,7 +14,7 @@ import pathlib
 import time
 from typing import Any
 
-from jepa_jax import command, paths
+from jepa_jax import command, keys, paths
 
 _DAMAGED = 1
 
@@ -111,7 +111,11 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.add_argument("action", choices=("list", "verify"))
-  flags.add_argument(
-    "folder", metavar="DIR", help="workdir, or its checkpoints folder"
+  keys.add_flag(
+    flags,
+    "folder",
+    keys.FOLDER,
+    metavar="DIR",
+    help="workdir, or its checkpoints folder",
   )
   command.run(main, flags)

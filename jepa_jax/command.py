@@ -6,7 +6,7 @@ and exit code 2, without a traceback.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import importlib.machinery
 import importlib.util
 import os
@@ -32,6 +32,7 @@ def run(
   parser: argparse.ArgumentParser,
   *,
   tune_allocator: bool = False,
+  needs: Mapping[str, str] | None = None,
 ) -> None:
   """Parses the command line, calls main with it and exits.
 
@@ -41,6 +42,7 @@ def run(
       `config_file` and `overrides`; returns an exit code, None for 0.
     parser: the command's own flags.
     tune_allocator: sets the allocator for train steps on a CPU.
+    needs: flag -> the flag without which it says nothing.
   """
   try:
     parser.error = _usage_error
@@ -51,6 +53,7 @@ def run(
     if unknown or (overrides and not hasattr(arguments, "config")):
       known = [o for a in parser._actions for o in a.option_strings]
       raise keys.unknown("flag", (unknown or overrides)[0], known)
+    _check_needs(arguments, parser, needs or {})
     if hasattr(arguments, "config"):
       arguments.config_file, arguments.overrides = arguments.config, overrides
       if arguments.config is not None:
@@ -84,6 +87,22 @@ def _usage_error(message: str) -> NoReturn:
   """What argparse calls, which would print the usage and more lines."""
   # "argument --rounds: --rounds is 0; ..." of keys.flag names it twice.
   raise ValueError(re.sub(r"^argument (\S+?)(/\S+)?: (?=\1 )", "", message))
+
+
+def _check_needs(
+  arguments: argparse.Namespace,
+  parser: argparse.ArgumentParser,
+  needs: Mapping[str, str],
+) -> None:
+  """Raises a ValueError for a flag without the one that it is about."""
+
+  def given(flag: str) -> bool:
+    name = flag.removeprefix("--")
+    return getattr(arguments, name, None) != parser.get_default(name)
+
+  for flag, other in needs.items():
+    if given(flag) and not given(other):
+      raise ValueError(f"{flag} is about {other}, which is not given.")
 
 
 def _check_equal_signs(rest: list[str]) -> None:

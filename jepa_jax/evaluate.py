@@ -19,7 +19,7 @@ import json
 import sys
 from typing import Any
 
-from jepa_jax import command, paths
+from jepa_jax import command, config_table, keys, paths
 from jepa_jax.training import distributed
 
 # What changes no weight of a run, nor what they are given to see.
@@ -73,6 +73,11 @@ def _evaluate_run(arguments, check):
   if not path.exists():
     raise ValueError(f"{workdir} holds no run: there is no {path}.")
   if arguments.report_only:
+    if arguments.only or arguments.step is not None or arguments.overrides:
+      raise ValueError(
+        "--report_only writes the page from what is there; give it neither "
+        "--only nor --step nor --config.KEY=VALUE."
+      )
     print(f"report: {report_lib.write(workdir)}")
     return
   if arguments.config is not None or arguments.data:
@@ -91,18 +96,37 @@ def _evaluate_run(arguments, check):
     config = command.override(config_lib.read(path), arguments.overrides)
     config = evaluation.resolve(config)
     evaluation.check(config)
+    names = _chosen(arguments, config)
+    _check_step(workdir / "checkpoints", arguments.step)
     evaluation.check_data(config)
   compile_cache.use(config.compute.cache)
   program = program_lib.build(config, _mesh(config, arguments.overrides))
   with checkpoints_lib.Checkpoints(workdir / "checkpoints") as checkpoints:
     state = checkpoints.restore(program.state_spec, arguments.step)
-  if state is None:
-    raise ValueError(f"{workdir} holds no checkpoint yet.")
-  names = arguments.only.split(",") if arguments.only else None
   if not jax.process_index():
     print(f"evaluating step {int(state.step)}", file=sys.stderr)
   rows = evaluation.evaluate(program, state, names, check=check)
   evaluation.report(program, state, rows, workdir)
+
+
+def _check_step(folder: Any, step: int | None) -> None:
+  """Raises ValueError where there is no such checkpoint, None for any."""
+  found = sorted(int(x.name) for x in folder.glob("[0-9]*") if x.name.isdigit())
+  if not found:
+    raise ValueError(f"{folder.parent} holds no checkpoint yet.")
+  if step not in (None, *found):
+    raise ValueError(
+      f"no checkpoint of step {step} in {folder}; there are: "
+      f"{', '.join(map(str, found))}."
+    )
+
+
+def _chosen(arguments: argparse.Namespace, config: Any) -> list[str] | None:
+  """The evaluations of --only; None for all."""
+  names = arguments.only.split(",") if arguments.only else None
+  for name in names or ():
+    keys.choose("evaluation", name, list(config.evaluations))
+  return names
 
 
 def _mesh(config: Any, overrides: list[str]) -> Any:
@@ -128,65 +152,83 @@ def _compare(arguments, check):
   import jax
 
   from jepa_jax import pretrained
+  from jepa_jax.convert import formats
   from jepa_jax.evaluation import run as evaluation
   from jepa_jax.evaluation import side_by_side
   from jepa_jax.training import compile_cache, log
 
+  config = _asked(arguments)
+  names = _chosen(arguments, config)
+  out = paths.local(arguments.out, "--out")
+  paths.check_writable(out)
+  for path in arguments.weights:
+    formats.find(path)
   models = {
     name: pretrained.load(path)
     for name, path in side_by_side.names(arguments.weights).items()
   }
-  config = _config_for(models, arguments)
+  _fit(config, models, arguments)
   with distributed.first_process_first("data"):
     config = evaluation.resolve(config)
     evaluation.check(config)
     evaluation.check_data(config)
-  names = arguments.only.split(",") if arguments.only else None
   compile_cache.use(config.compute.cache)
   rows = side_by_side.evaluate(models, config, _mesh(config, []), names, check)
   if jax.process_index():
     return
   lines = "".join(json.dumps(row) + "\n" for row in rows)
-  log.write_whole(paths.local(arguments.out, "--out"), lines)
+  log.write_whole(out, lines)
   print(side_by_side.FORMATS[arguments.format](rows))
-  print(f"every number: {arguments.out}", file=sys.stderr)
+  print(f"every number: {out}", file=sys.stderr)
 
 
-def _config_for(models, arguments):
+def _asked(arguments):
   """The config of an evaluation of weights, of --config or of --data."""
   from jepa_jax import config as config_lib
+  from jepa_jax.data import pipeline
+  from jepa_jax.evaluation import protocols
 
   if (arguments.config is None) == (not arguments.data):
     raise ValueError(
       "--weights needs --config FILE, or --data SOURCE:NAME such as "
       "tfds:cifar10 or folder:/photos; one of them."
     )
-  config = arguments.config
-  if config is None:
-    config = config_lib.defaults()
-    config.data.source, _, config.data.name = arguments.data.partition(":")
-    sizes = {model.preprocessing.image_size for model in models.values()}
-    if len(sizes) > 1 and not any(
-      text.startswith("--config.data.image_size=")
-      for text in arguments.overrides
-    ):
-      raise ValueError(
-        f"the weights are of images of {sorted(sizes)} pixels; give "
-        "--config.data.image_size=..., the same for all."
-      )
-    config.data.image_size = sizes.pop()[0]
-    config.evaluations[arguments.label or "none"] = config_lib.evaluation(
-      arguments.label,
-      train=arguments.train,
-      test=arguments.test,
-      protocols=tuple(arguments.protocols.split(",")),
+  if arguments.config is not None:
+    return arguments.config
+  config = config_lib.defaults()
+  config.data.source, _, config.data.name = arguments.data.partition(":")
+  chosen = tuple(arguments.protocols.split(","))
+  for protocol in chosen:
+    protocols.find(protocol, "protocol of --protocols")
+  config.evaluations[arguments.label or "none"] = config_lib.evaluation(
+    arguments.label,
+    train=arguments.train,
+    test=arguments.test,
+    protocols=chosen,
+  )
+  config = command.override(config, arguments.overrides)
+  for split in {arguments.train, arguments.test}:
+    pipeline.num_examples(config.data, split)  # ValueError where there is none
+  return config
+
+
+def _fit(config, models, arguments):
+  """Gives a config what the weights say of the images that they take."""
+  sizes = {model.preprocessing.image_size for model in models.values()}
+  given = any(
+    text.startswith("--config.data.image_size=") for text in arguments.overrides
+  )
+  if arguments.data and not given and len(sizes) > 1:
+    raise ValueError(
+      f"the weights are of images of {sorted(sizes)} pixels; give "
+      "--config.data.image_size=..., the same for all."
     )
-    config = command.override(config, arguments.overrides)
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
+    if arguments.data and not given:
+      config.data.image_size = sizes.pop()
     first = next(iter(models.values())).preprocessing
     config.data.update(channels=len(first.mean), mean=first.mean, std=first.std)
     config.encoder.depth = min(m.module.depth for m in models.values())
-  return config
 
 
 if __name__ == "__main__":
@@ -195,35 +237,54 @@ if __name__ == "__main__":
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument("--workdir", help="folder of the run")
-  flags.add_argument(
-    "--step", type=int, help="step of the checkpoint; the newest by default"
+  keys.add_flag(flags, "--workdir", keys.FOLDER, help="folder of the run")
+  keys.add_flag(
+    flags,
+    "--step",
+    keys.STEP,
+    help="step of the checkpoint; the newest by default",
   )
   flags.add_argument(
     "--report_only",
     action="store_true",
     help="evaluate nothing, write the page from what is there",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--only",
-    default="",
+    keys.NAMES,
     help="names of evaluations, with commas; all by default",
   )
-  flags.add_argument(
-    "--weights", nargs="+", metavar="PATH", help="a column of the table each"
+  keys.add_flag(
+    flags,
+    "--weights",
+    keys.PATH,
+    nargs="+",
+    metavar="PATH",
+    help="a column of the table each",
   )
   command.add_config_flag(flags, required=False)
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--data",
-    default="",
+    keys.Text("SOURCE:NAME", False, r"\w+:[^\0\r\n]+"),
     metavar="SOURCE:NAME",
     help="in place of --config: tfds:NAME or folder:DIR",
   )
-  flags.add_argument("--label", default="label", help="of --data")
-  flags.add_argument("--train", default="train", help="split of --data")
-  flags.add_argument("--test", default="test", help="split of --data")
-  flags.add_argument(
-    "--protocols", default="linear,knn", help="of --data, with commas"
+  for name in ("label", "train", "test"):
+    keys.add_flag(
+      flags,
+      f"--{name}",
+      config_table.EVALUATION[name].kind,
+      default=name,
+      help="of --data" + ", a split" * (name != "label"),
+    )
+  keys.add_flag(
+    flags,
+    "--protocols",
+    keys.NAMES,
+    default="linear,knn",
+    help="of --data, with commas",
   )
   flags.add_argument(
     "--format",
@@ -231,11 +292,17 @@ if __name__ == "__main__":
     choices=("text", "markdown", "latex"),
     help="of the table of --weights",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--out",
+    keys.PATH,
     default="evaluations.jsonl",
     metavar="FILE",
     help="where the rows of --weights go",
   )
   distributed.add_flags(flags)
-  command.run(main, flags, tune_allocator=True)
+  needs = {name: "--data" for name in ("--label", "--train", "--test")}
+  needs |= {name: "--weights" for name in ("--format", "--out")}
+  needs |= {name: "--workdir" for name in ("--step", "--report_only")}
+  needs["--protocols"] = "--data"
+  command.run(main, flags, tune_allocator=True, needs=needs)

@@ -286,6 +286,12 @@ class Many(Kind):
       self.kind.check(f"{name}[{i}]", each)
 
 
+FOLDER = Text("the path of a folder", empty=False)
+PATH = Text("the path of a file or a folder", empty=False)
+STEP = whole(0, 10**9)
+NAMES = Text("names, with commas between", False, r"[\w.:-]+(,[\w.:-]+)*")
+
+
 def choose(what: str, name: Any, known: Iterable[str]) -> None:
   """Raises a ValueError with the valid names unless name is one of them."""
   known = list(known)
@@ -323,11 +329,27 @@ def flag(kind: Kind, name: str) -> Callable[[str], Any]:
 
   def parse(text: str) -> Any:
     try:
-      return read(kind, f"--{name}", text)
+      return read(kind, name, text)
     except ValueError as error:
       raise argparse.ArgumentTypeError(error) from None
 
+  parse.kind = kind  # for tests
   return parse
+
+
+def add_flag(
+  parser: argparse._ActionsContainer, name: str, kind: Kind, **options: Any
+) -> None:
+  """Adds a flag, or an argument, with values of a kind.
+
+  Args:
+    parser: of a command.
+    name: "--step"; what users see of it.
+    kind: of the value, or of each.
+    **options: of argparse's add_argument.
+  """
+  shown = options.get("metavar", name) if name[0] != "-" else name
+  parser.add_argument(name, type=flag(kind, shown), **options)
 
 
 def _refusal(name: str, value: Any, kind: Kind) -> ValueError:

@@ -35,3 +35,14 @@ def local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
       f'{what} is "{text}", and the home that it means is not known; give the '
       "whole path."
     ) from None
+
+
+def check_writable(path: pathlib.Path) -> None:
+  """Raises ValueError where a file, or the folders above it, cannot be made."""
+  if path.is_dir():
+    raise ValueError(f"{path} cannot be written: it is a folder.")
+  above = next(x for x in path.absolute().parents if os.path.lexists(x))
+  if not above.is_dir():
+    raise ValueError(f"{path} cannot be written: {above} is no folder.")
+  if not os.access(above, os.W_OK | os.X_OK):
+    raise ValueError(f"{path} cannot be written: {above} is forbidden.")

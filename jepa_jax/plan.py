@@ -19,8 +19,9 @@ import sys
 import ml_collections
 import tqdm
 
-from jepa_jax import command
+from jepa_jax import command, keys
 from jepa_jax.planning import estimate, topologies
+from jepa_jax.training import sharding
 
 _GIB = 2**30
 
@@ -44,14 +45,7 @@ def search(
   Yields:
     A row for every try, as plan does.
   """
-  family, _, largest = topology.partition(":")
-  shapes = topologies.TOPOLOGIES.get(family, ())
-  if largest not in shapes:
-    raise ValueError(
-      f'--search grows slices up to a known topology, and "{topology}" is '
-      f"none; known: {topologies.known_topologies()}."
-    )
-  shapes = shapes[: shapes.index(largest) + 1]
+  family, shapes = slices(topology)
 
   def attempt(
     shape: str, fsdp: int, remat: str, every: int = 1
@@ -77,6 +71,22 @@ def search(
         if fsdp > 1:
           yield attempt(shape, 1, "full")
         return
+
+
+def slices(topology: str) -> tuple[str, tuple[str, ...]]:
+  """The family of a topology, and its shapes up to that one, smallest first.
+
+  Raises:
+    ValueError: it is not one of topologies.TOPOLOGIES.
+  """
+  family, _, largest = topology.partition(":")
+  shapes = topologies.TOPOLOGIES.get(family, ())
+  if largest not in shapes:
+    raise ValueError(
+      f'--search grows slices up to a known topology, and "{topology}" is '
+      f"none; known: {topologies.known_topologies()}."
+    )
+  return family, shapes[: shapes.index(largest) + 1]
 
 
 def best(rows: list[estimate.Row]) -> estimate.Row | None:
@@ -174,6 +184,11 @@ def announce(row: estimate.Row) -> None:
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   rows: list[estimate.Row] = []
+  # All of them before the first is compiled for, which takes minutes.
+  for topology in arguments.topology:
+    slices(topology) if arguments.search else topologies.check(topology)
+  for topology in arguments.topology * (not arguments.search):
+    sharding.make_mesh(arguments.config.mesh, topologies.devices_of(topology))
   # On a terminal, a line for every row as it comes: each takes minutes.
   with tqdm.tqdm(plans(arguments), unit=" plans", disable=None) as bar:
     for row in bar:
@@ -199,8 +214,10 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   command.add_config_flag(flags)
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--topology",
+    keys.Text("FAMILY:SHAPE", False, r"\w+:\w+"),
     action="append",
     required=True,
     metavar="FAMILY:SHAPE",

@@ -122,12 +122,14 @@ def main(arguments: argparse.Namespace) -> int:
   config = types.SimpleNamespace(
     source=arguments.source,
     name=arguments.name,
-    split=arguments.split,
+    split=arguments.split or "",
     data_dir=arguments.data_dir,
     image_size=arguments.image_size,
     max_mib=headers.MAX_MIB,
     num_scenes=tuple(arguments.num_scenes),
   )
+  if config.source == "scenes" and config.name:
+    raise ValueError(f'--name is "{config.name}", and scenes have none.')
   config_lib.check_name(config)
   if arguments.download:
     if config.source != "tfds":
@@ -148,25 +150,30 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(
     prog="python -m jepa_jax.prepare", description=__doc__.split("\n")[0]
   )
-  kind = lambda name: keys.flag(config_table.KEYS[f"data.{name}"].kind, name)
-  parser.add_argument(
+  kind = lambda name: config_table.KEYS[f"data.{name}"].kind
+  keys.add_flag(
+    parser,
     "--source",
-    type=kind("source"),
+    kind("source"),
     default="tfds",
     help="as config.data.source",
   )
-  parser.add_argument("--name", default="", help="as config.data.name")
-  parser.add_argument("--split", default="", help="default: all")
-  parser.add_argument("--data_dir", default="", help="as config.data.data_dir")
-  parser.add_argument(
+  for name in ("name", "data_dir"):
+    keys.add_flag(
+      parser, f"--{name}", kind(name), default="", help=f"as config.data.{name}"
+    )
+  keys.add_flag(parser, "--split", kind("split"), help="default: all")
+  keys.add_flag(
+    parser,
     "--image_size",
-    type=kind("image_size"),
+    kind("image_size"),
     default=64,
     help="of scenes, pixels",
   )
-  parser.add_argument(
+  keys.add_flag(
+    parser,
     "--num_scenes",
-    type=keys.flag(keys.whole(1, 10**8), "num_scenes"),
+    keys.whole(1, 10**8),
     nargs=2,
     default=(8000, 2000),
     help="of scenes, images to train and to test on",

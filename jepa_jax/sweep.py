@@ -25,7 +25,7 @@ import sys
 
 import tqdm
 
-from jepa_jax import command
+from jepa_jax import command, keys, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,6 @@ def plan(
   Raises:
     ValueError: a key without values, twice, or that is also an override.
   """
-  if seeds < 1:
-    raise ValueError(f"--seeds is {seeds}; it needs at least 1.")
   grid: dict[str, list[str]] = {}
   fixed = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
   for text in over:
@@ -214,7 +212,7 @@ def collect(runs: list[Run], workdir: pathlib.Path, words: str) -> str:
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
-  workdir = pathlib.Path(arguments.workdir)
+  workdir = paths.local(arguments.workdir, "--workdir")
   runs = plan(arguments.over, arguments.seeds, arguments.overrides, workdir)
   for run in {run.name: run for run in runs}.values():
     command.load_config(arguments.config_file, list(run.overrides))
@@ -254,17 +252,25 @@ if __name__ == "__main__":
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--over",
+    keys.Text("a config key and values", False),
     action="append",
     default=[],
     metavar="KEY=V1,V2,...",
     help="a config key and its values; several give every combination",
   )
-  flags.add_argument(
-    "--seeds", type=int, default=1, help="runs of each combination"
+  keys.add_flag(
+    flags,
+    "--seeds",
+    keys.whole(1, 10_000),
+    default=1,
+    help="runs of each combination",
   )
-  flags.add_argument("--workdir", required=True, help="folder of the sweep")
+  keys.add_flag(
+    flags, "--workdir", keys.FOLDER, required=True, help="folder of the sweep"
+  )
   flags.add_argument(
     "--print_commands",
     action="store_true",

@@ -325,15 +325,17 @@ if __name__ == "__main__":
   )
   command.add_config_flag(flags)
   distributed.add_flags(flags)
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--workdir",
+    keys.FOLDER,
     required=True,
-    type=keys.flag(keys.Text("the path of a folder", False), "workdir"),
     help="folder of this run; resumed if it holds one",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--stop_at",
-    type=keys.flag(keys.whole(0, 10**9), "stop_at"),
+    keys.STEP,
     default=0,
     metavar="STEP",
     help="save and stop at this step (exit code 75); 0: the end",

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from jepa_jax import bench, command, keys
+from jepa_jax import bench, command, config_table, keys
 from jepa_jax.bench import data, loop, masks, step
 
 
@@ -50,10 +50,15 @@ def show(rows: list[bench.Row]) -> str:
   )
 
 
-def _grid(text: str) -> tuple[int, int]:
-  height, _, width = text.partition("x")
-  side = keys.flag(keys.whole(1, 1024, "patches"), "grid")
-  return side(height), side(width or height)
+class _Grid(keys.Sides):
+  """Patches, written as HxW."""
+
+  def __str__(self) -> str:
+    return f"HxW, each {self.kind}"
+
+  def parse(self, text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def parser(what: str) -> argparse.ArgumentParser:
@@ -65,8 +70,7 @@ def parser(what: str) -> argparse.ArgumentParser:
   )
 
   def add_number(name: str, least: int, **options: Any) -> None:
-    kind = keys.whole(least, 10**7)
-    flags.add_argument(name, type=keys.flag(kind, name[2:]), **options)
+    keys.add_flag(flags, name, keys.whole(least, 10**7), **options)
 
   flags.add_argument("what", choices=("masks", "data", "step", "loop"))
   flags.add_argument("--json", action="store_true", help="a JSON list of rows")
@@ -78,9 +82,10 @@ def parser(what: str) -> argparse.ArgumentParser:
   if what == "step":
     command.add_config_flag(flags)
     add_number("--steps", 1, default=4, help="a round")
-    flags.add_argument(
+    keys.add_flag(
+      flags,
       "--profile",
-      default="",
+      keys.FOLDER,
       metavar="DIR",
       help="writes a trace of further steps, for xprof and TensorBoard",
     )
@@ -88,33 +93,41 @@ def parser(what: str) -> argparse.ArgumentParser:
   add_number("--batch_size", 1, default=128, help="images")
   add_number("--batches", 0, default=0, help="timed a round")
   if what == "masks":
-    flags.add_argument(
-      "--sampler", nargs="+", default=[], help="default: all there are"
+    keys.add_flag(
+      flags,
+      "--sampler",
+      config_table.KEYS["masks.name"].kind,
+      nargs="+",
+      default=[],
+      help="default: all there are",
     )
-    flags.add_argument(
+    keys.add_flag(
+      flags,
       "--grid",
-      type=_grid,
+      _Grid(keys.whole(1, 1024, "patches")),
       nargs="+",
       default=[(16, 16), (14, 14)],
       metavar="HxW",
       help="patches",
     )
   elif what == "data":
-    flags.add_argument(
+    only_one = flags.add_mutually_exclusive_group()
+    only_one.add_argument(
       "--config",
       default=argparse.SUPPRESS,
       metavar="FILE[:VARIANT]",
       help="times the pipeline of this experiment instead",
     )
-    flags.add_argument(
+    only_one.add_argument(
       "--resume",
       action="store_true",
       help=f"times the first batch from step {data.RESUME_STEP:,} of a run "
       f"over {data.IMAGENET:,} small records instead",
     )
-    add_number(
+    keys.add_flag(
+      only_one,
       "--files",
-      0,
+      keys.whole(0, 10**7),
       default=0,
       help="times the listing of a folder of so many images instead, a "
       "multiple of 1000",
@@ -140,7 +153,7 @@ def main(arguments: argparse.Namespace) -> int:
       arguments.config,
       rounds=arguments.rounds,
       steps=arguments.steps,
-      profile=arguments.profile,
+      profile=arguments.profile or "",
     )
   elif arguments.what == "loop":
     rows = loop.measure(

@@ -40,34 +40,38 @@ def parser() -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument("source", help="file or folder to read")
-  flags.add_argument("destination", help="file or folder to write")
+  keys.add_flag(flags, "source", keys.PATH, help="file or folder to read")
+  keys.add_flag(flags, "destination", keys.PATH, help="file or folder to write")
   flags.add_argument(
     "--which",
     choices=("target", "context", "all"),
     help="encoder to convert, or both and the predictor; default: target, "
     "what a Hugging Face folder holds, or context of a run without average",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--num_heads",
-    type=keys.flag(keys.whole(0, 2**14), "num_heads"),
+    keys.whole(0, 2**14),
     default=0,
     help="of a released checkpoint that is of no known size",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--predictor_heads",
-    type=keys.flag(keys.whole(0, 2**14), "predictor_heads"),
+    keys.whole(0, 2**14),
     default=0,
     help="the same of its predictor; default: as the encoder",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--step",
-    type=keys.flag(keys.whole(0, 10**9), "step"),
+    keys.STEP,
     help="checkpoint of a run; default: the newest",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--image_size",
-    type=keys.flag(keys.whole(1, 16_384, "pixels"), "image_size"),
+    keys.whole(1, 16_384, "pixels"),
     nargs="+",
     metavar="PIXELS",
     help="fit the positions to this size, or height and width",
@@ -79,8 +83,10 @@ def parser() -> argparse.ArgumentParser:
     help="for --image_size: compute the sine-cosine positions of the new "
     "grid (default), or interpolate the old ones",
   )
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--prefix",
+    keys.Text("what keys begin with"),
     default="",
     help='of the keys of a released checkpoint; its training needs "module."',
   )
@@ -103,9 +109,17 @@ def main(arguments: argparse.Namespace) -> int:
   import jax
 
   from jepa_jax import convert
-  from jepa_jax.convert import push
+  from jepa_jax.convert import formats, push
 
-  source = pathlib.Path(arguments.source)
+  source, size = pathlib.Path(arguments.source), arguments.image_size
+  destination = arguments.destination
+  if size and len(size) > 2:
+    raise ValueError(f"--image_size takes one or two numbers, not {size}.")
+  # Reading takes long.
+  if arguments.push:
+    push.check_name(destination)
+  else:
+    formats.check_destination(destination, prefix=arguments.prefix)
   weights = convert.read(
     source,
     arguments.which,
@@ -113,12 +127,8 @@ def main(arguments: argparse.Namespace) -> int:
     predictor_heads=arguments.predictor_heads,
     step=arguments.step,
   )
-  if arguments.image_size:
-    size = arguments.image_size
-    if len(size) > 2:
-      raise ValueError(f"--image_size takes one or two numbers, not {size}.")
+  if size:
     weights = convert.resize(weights, (size[0], size[-1]), arguments.positions)
-  destination = arguments.destination
   if arguments.push:
     destination = push.push(weights, destination, private=arguments.private)
   else:
@@ -133,4 +143,5 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-  command.run(main, parser())
+  needs = {"--private": "--push", "--positions": "--image_size"}
+  command.run(main, parser(), needs=needs)

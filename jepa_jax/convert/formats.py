@@ -66,14 +66,10 @@ def read(
     ValueError: one line that says what is wrong with the file: it cannot be
       read, or lists all missing, extra and misshapen keys.
   """
-  path = paths.local(path, "path of weights")
   known = (*weights_lib.ENCODERS, "all")
   if which not in (None, *known):
     raise ValueError(f'unknown which "{which}"; known: {", ".join(known)}.')
-  if not path.exists():
-    if not hub.is_name(path):
-      raise ValueError(f"there is no file or folder {path}.")
-    path = hub.download(str(path))
+  path = find(path)
   try:
     if path.name == EXPORTED or (path / EXPORTED).exists():
       raise ValueError(f"it is {_STABLEHLO_IS}")
@@ -96,6 +92,16 @@ def read(
     if str(path) in str(error):
       raise
     raise ValueError(f"{path}: {error}") from None
+
+
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Where weights are, fetched from the hub if need be; ValueError if not."""
+  path = paths.local(path, "path of weights")
+  if not path.exists():
+    if not hub.is_name(path):
+      raise ValueError(f"there is no file or folder {path}.")
+    path = hub.download(str(path))
+  return path
 
 
 def _check_heads(weights: Weights, *given: int) -> None:
@@ -123,19 +129,15 @@ def write(
     ValueError: the path exists or its suffix is unknown, torch is missing, or
       the weights do not fit the format.
   """
-  path = paths.local(path, "path of the export")
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise ValueError(f"{path} exists; remove it or name another.")
+  path = check_destination(path, prefix=prefix)
   if problems := weights.problems():
     raise ValueError(f"the weights are not whole: {problems}.")
   if path.name.endswith(released.SUFFIXES):
     save = lambda temporary: released.write(weights, temporary, prefix)
-  elif path.suffix in (".npz", ".safetensors"):
+  elif path.suffix:
     save = lambda temporary: _write_export(weights, temporary)
-  elif not path.suffix:
-    save = lambda temporary: hugging_face.write(weights, temporary)
   else:
-    raise ValueError(_unknown_format(path))
+    save = lambda temporary: hugging_face.write(weights, temporary)
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=".jepa") as folder:
     temporary = pathlib.Path(folder) / path.name
@@ -143,6 +145,26 @@ def write(
     if path.is_dir():
       path.rmdir()
     os.replace(temporary, path)
+
+
+def check_destination(
+  path: str | os.PathLike[str], *, prefix: str = ""
+) -> pathlib.Path:
+  """The path of a file to write; ValueError where `write` would not."""
+  path = paths.local(path, "path of the export")
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise ValueError(f"{path} exists; remove it or name another.")
+  is_released = path.name.endswith(released.SUFFIXES)
+  if not is_released and path.suffix not in ("", ".npz", ".safetensors"):
+    raise ValueError(_unknown_format(path))
+  if prefix and not is_released:
+    raise ValueError(
+      f'a prefix "{prefix}" is for keys of a released checkpoint, '
+      f"{', '.join(released.SUFFIXES)}, and {path} is none."
+    )
+  if not path.is_dir():
+    paths.check_writable(path)
+  return path
 
 
 def _unknown_format(path: pathlib.Path) -> str:

@@ -84,8 +84,7 @@ def push(weights: Weights, repo: str, *, private: bool = False) -> str:
     ValueError: wrong weights or name, the package is not installed, or the hub
       refuses.
   """
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-    raise ValueError(f'"{repo}" is no name of the hub; it needs OWNER/NAME.')
+  check_name(repo)
   hub = hub_lib.import_hub("to upload")
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary) / "model"
@@ -101,6 +100,13 @@ def push(weights: Weights, repo: str, *, private: bool = False) -> str:
         f"the Hugging Face hub does not take {repo} ({why})."
       ) from None
   return str(url)
+
+
+def check_name(repo: str) -> None:
+  """Raises ValueError where nothing can be uploaded under a name."""
+  if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    raise ValueError(f'"{repo}" is no name of the hub; it needs OWNER/NAME.')
+  hub_lib.import_hub("to upload")
 
 
 def card(weights: Weights, repo: str) -> str:

@@ -110,12 +110,18 @@ def devices_of(topology: str) -> list[Any]:
   Raises:
     ValueError: the compiler is missing, or does not know the topology.
   """
+  check(topology)
   family, _, shape = topology.partition(":")
-  if family not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+)*", shape):
+  return (_gpus if family in _GPUS else _tpus)(family, shape)
+
+
+def check(topology: str) -> None:
+  """Raises ValueError where no compiler would know a topology."""
+  family, _, shape = topology.partition(":")
+  if family not in TOPOLOGIES or not re.fullmatch(r"[1-9]\d*(x\d+)*", shape):
     raise ValueError(
       f'unknown topology "{topology}"; known: {known_topologies()}.'
     )
-  return (_gpus if family in _GPUS else _tpus)(family, shape)
 
 
 def _tpus(family: str, shape: str) -> list[Any]:

@@ -38,27 +38,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group(
     "several processes", "found out on TPU pods and under SLURM or Open MPI"
   )
-  group.add_argument(
+  keys.add_flag(
+    group,
     "--processes",
-    type=keys.flag(keys.whole(1, 1024), "processes"),
+    keys.whole(1, 1024),
     default=1,
     metavar="N",
     help="start N processes on the CPU of this machine",
   )
-  group.add_argument(
+  keys.add_flag(
+    group,
     "--coordinator",
+    keys.Text("HOST:PORT", False, r"\S+:\d{1,5}"),
     metavar="HOST:PORT",
     help="process 0's host, and a port that is free there",
   )
-  group.add_argument(
+  keys.add_flag(
+    group,
     "--num_processes",
-    type=keys.flag(keys.whole(1, 10**6), "num_processes"),
+    keys.whole(1, 10**6),
     metavar="N",
     help="1: run alone",
   )
-  group.add_argument(
+  keys.add_flag(
+    group,
     "--process_id",
-    type=keys.flag(keys.whole(0, 10**6), "process_id"),
+    keys.whole(0, 10**6),
     metavar="I",
     help="from 0",
   )

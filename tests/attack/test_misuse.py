@@ -16,8 +16,10 @@ import pytest
 from test_keys import outside, quick
 
 from jepa_jax import command, config_table, keys
+from jepa_jax import config as config_lib
 
 TRAIN = "jepa_jax.train"
+EVALUATE = "jepa_jax.evaluate"
 QUICKSTART = str(conftest.EXPERIMENTS / "quickstart.py")
 
 
@@ -261,6 +263,9 @@ def test_a_config_json_that_is_none(call, tmp_path, name):
 # Flags and folders.
 
 C = ("--config", QUICKSTART)
+REPORT = ("--report_only",)
+RUN = "RUN"  # stands for a workdir with a config.json
+V9 = ("--topology", "v9:8")
 FLAGS = [
   ((TRAIN,), "required: --config, --workdir"),
   ((TRAIN, *C), "required: --workdir"),
@@ -287,12 +292,51 @@ FLAGS = [
   ((TRAIN, "--config", "/", "--workdir", "w"), "no config file"),
   ((TRAIN, "--config", QUICKSTART + ":x", "--workdir", "w"), "variant"),
   ((TRAIN, "--help_config", "optimiser"), "nearest: optimizer"),
-  (("jepa_jax.evaluate", "--workdir", "nowhere"), "holds no run"),
-  (("jepa_jax.evaluate", "--workdir", "w", "--step", "last"), "--step"),
-  (("jepa_jax.evaluate", "--config.seed=3"), "give --workdir"),
+  ((EVALUATE, "--workdir", "nowhere"), "holds no run"),
+  ((EVALUATE, "--workdir", "w", "--step", "last"), "--step"),
+  ((EVALUATE, "--workdir", RUN), "holds no checkpoint yet"),
+  ((EVALUATE, "--workdir", RUN, "--only", "cuont"), "did you mean"),
+  ((EVALUATE, "--workdir", RUN, "--only", "count,,"), "--only is"),
+  ((EVALUATE, "--workdir", RUN, "--data", "folder:d"), "has its own config"),
+  ((EVALUATE, "--workdir", RUN, "--out", "f"), "--out is about --weights"),
+  ((EVALUATE, "--workdir", RUN, "--label", "a"), "--label is about --data"),
+  ((EVALUATE, "--workdir", RUN, *REPORT, "--step", "3"), "neither"),
+  ((EVALUATE, "--workdir", RUN, *REPORT, "--only", "count"), "neither"),
+  ((EVALUATE, "--config.seed=3"), "give --workdir"),
+  ((EVALUATE, "--workdir", "w", "--weights", "w"), "give --workdir"),
+  ((EVALUATE, "--weights", "w"), "--weights needs --config FILE, or --data"),
+  ((EVALUATE, "--weights", "w", *C, "--data", "folder:d"), "one of them"),
+  ((EVALUATE, "--weights", "w", *C), "no file or folder w"),
+  ((EVALUATE, "--weights", "w", *C, "--only", "cuont"), "did you mean"),
+  ((EVALUATE, "--weights", "w", *C, "--step", "3"), "about --workdir"),
+  ((EVALUATE, "--weights", "w", *C, "--out", "/dev/null/x"), "no folder"),
+  ((EVALUATE, "--weights", "w", *C, "--out", "."), "is a folder"),
+  ((EVALUATE, "--weights", "w", "--data", "cifar10"), "--data is"),
+  ((EVALUATE, "--weights", "w", "--data", "web:x"), "data.source"),
+  ((EVALUATE, "--weights", "w", "--data", "folder:d"), "no folder d"),
+  (
+    (EVALUATE, "--weights", "w", "--data", "folder:d", "--protocols", "svm"),
+    "known: linear",
+  ),
+  (("jepa_jax.sweep", *C, "--workdir", ""), "--workdir is ''"),
+  (("jepa_jax.sweep", *C, "--workdir", "gs://b/s"), "an address"),
+  (("jepa_jax.sweep", *C, "--workdir", "/dev/null"), "is a file"),
+  (("jepa_jax.sweep", *C, "--workdir", "w", "--seeds", "0"), "--seeds is 0"),
+  (("jepa_jax.sweep", *C, "--workdir", "w", "--seeds", "1.5"), "--seeds is"),
+  (("jepa_jax.sweep", *C, "--workdir", "w", "--over", "seed=1"), "--seeds too"),
+  (
+    ("jepa_jax.sweep", *C, "--workdir", "w", "--over", "batch_size=64,-1"),
+    "batch_size is -1",
+  ),
+  (("jepa_jax.checkpoints", "list", ""), "DIR is ''"),
+  (("jepa_jax.checkpoints", "list", "nowhere"), "no folder nowhere"),
+  (("jepa_jax.checkpoints", "list", "."), "no checkpoints in"),
+  (("jepa_jax.checkpoints", "mend", "."), "invalid choice"),
   (("jepa_jax.plan", *C), "required: --topology"),
   (("jepa_jax.plan", *C, "--topology", "v9:8"), "v9"),
-  (("jepa_jax.plan", *C, "--topology", ""), "known"),
+  (("jepa_jax.plan", *C, "--topology", ""), "FAMILY:SHAPE"),
+  (("jepa_jax.plan", *C, "--topology", "h100:0"), "known"),
+  (("jepa_jax.plan", *C, "--topology", "h100:8", *V9), "known"),
   (("jepa_jax.plan", *C, "--topology", "v5e:8x8", "--serach"), "--search"),
   (("jepa_jax.bench",), "required: what"),
   (("jepa_jax.bench", "all"), "invalid choice"),
@@ -303,9 +347,12 @@ FLAGS = [
   (("jepa_jax.bench", "data", "--batches", "-1"), "--batches is -1"),
   (("jepa_jax.bench", "data", "--files", "1e99"), "--files is"),
   (("jepa_jax.bench", "masks", "--grid", "8xa"), "--grid"),
-  (("jepa_jax.bench", "masks", "--grid", "0x8"), "--grid is 0"),
+  (("jepa_jax.bench", "masks", "--grid", "0x8"), "--grid is (0, 8)"),
   (("jepa_jax.bench", "masks", "--grid", "1e9x8"), "--grid is"),
   (("jepa_jax.bench", "masks", "--sampler", "x"), "known: block"),
+  (("jepa_jax.bench", "data", "--resume", "--files", "1000"), "not allowed"),
+  (("jepa_jax.bench", "data", "--resume", *C), "not allowed"),
+  (("jepa_jax.bench", "step", *C, "--profile", ""), "--profile is ''"),
   (("jepa_jax.bench", "step", "--rounds", "1"), "required: --config"),
   (("jepa_jax.bench", "step", *C, "--steps", "0"), "--steps is 0"),
   (("jepa_jax.bench", "loop", *C, "--steps", "-1"), "--steps is -1"),
@@ -317,7 +364,20 @@ FLAGS = [
   (("jepa_jax.prepare", "--source", "folder"), "data.name"),
   (("jepa_jax.prepare", "--source", "folder", "--name", "no"), "no folder"),
   (("jepa_jax.prepare", "--source", "scenes", "--download"), "--download"),
+  (("jepa_jax.prepare", "--source", "scenes", "--name", "x"), "--name is"),
+  (("jepa_jax.prepare", "--source", "folder", "--name", ""), "data.name"),
+  (("jepa_jax.prepare", "--name", "cifar10", "--split", ""), "--split is ''"),
+  (("jepa_jax.prepare", "--name", "no such set"), "no such set"),
   (("jepa_jax.convert",), "required: source, destination"),
+  (("jepa_jax.convert", "", "b"), "source is ''"),
+  (("jepa_jax.convert", "a", ""), "destination is ''"),
+  (("jepa_jax.convert", "a", "b.onnx"), "no known suffix"),
+  (("jepa_jax.convert", "a", "/dev/null"), "exists"),
+  (("jepa_jax.convert", "a", "/dev/null/b.npz"), "no folder"),
+  (("jepa_jax.convert", "a", "b", "--push"), "OWNER/NAME"),
+  (("jepa_jax.convert", "a", "b", "--private"), "is about --push"),
+  (("jepa_jax.convert", "a", "b", "--positions", "bicubic"), "--image_size"),
+  (("jepa_jax.convert", "a", "b.npz", "--prefix", "module."), "prefix"),
   (("jepa_jax.convert", "a"), "required: destination"),
   (("jepa_jax.convert", "a", "b"), "a"),
   (("jepa_jax.convert", "a", "b", "--num_heads", "-1"), "--num_heads is -1"),
@@ -332,8 +392,65 @@ FLAGS = [
 @pytest.mark.parametrize(
   "arguments, words", FLAGS, ids=[" ".join(x) for x, _ in FLAGS]
 )
-def test_flags_that_are_none(call, arguments, words):
+def test_flags_that_are_none(call, tmp_path, arguments, words):
   name, *rest = arguments
   if name in ("jepa_jax.bench", "jepa_jax.convert"):
     name += ".__main__"
+  if RUN in rest:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = conftest.small_config()
+    config.evaluations.count = config_lib.evaluation("count")
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    rest = [str(run) if x == RUN else x for x in rest]
   is_refused(call(name, *rest), words)
+
+
+def commands():
+  """Every command of the package: (module, its first arguments)."""
+  root = conftest.ROOT / "jepa_jax"
+  for path in sorted(root.rglob("*.py")):
+    if "  command.run(main" in path.read_text():
+      parts = ("jepa_jax", *path.relative_to(root).with_suffix("").parts)
+      if parts[1] == "bench":
+        for what in ("masks", "data", "step", "loop"):
+          yield ".".join(parts), (what,)
+      else:
+        yield ".".join(parts), ()
+
+
+@pytest.mark.parametrize("module, arguments", list(commands()), ids=str)
+def test_every_flag_of_every_command_has_a_kind(
+  call, monkeypatch, module, arguments
+):
+  """And what is none of its values is one line, whatever else is given."""
+  found = []
+  with monkeypatch.context() as context:
+    context.setattr(
+      command, "run", lambda main, parser, **_: found.append(parser)
+    )
+    context.setattr(sys, "argv", [module, *arguments])
+    context.delitem(sys.modules, module, raising=False)
+    runpy.run_module(module, run_name="__main__")
+  (parser,) = found
+  for action in parser._actions:
+    name = (action.option_strings or [action.dest])[0]
+    if action.nargs == 0 or name in (
+      "--help",
+      "-h",
+      "--config",
+      "--help_config",
+    ):
+      continue
+    kind = getattr(action.type, "kind", None)
+    assert kind or action.choices, f"{name} takes anything; see keys.add_flag"
+    if kind is None or not action.option_strings:
+      continue
+    for text in nonsense(kind):
+      is_refused(call(module, *arguments, f"{name}={text}"), name)
+
+
+def nonsense(kind):
+  """Some texts that are no values of a kind."""
+  texts = ("", "nan", "-1", "inf", "1e99", "0x", "[1,", "no\nline", "\0")
+  return [text for text in texts if not fits(kind, text)]
