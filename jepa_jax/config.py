@@ -280,11 +280,12 @@ def _check_channels(config: ml_collections.ConfigDict) -> None:
         f"data.{name} has {len(data[name])} values for {data.channels} "
         "channels; give one a channel."
       )
-  if data.color_jitter and data.channels not in (1, 3):
-    raise ValueError(
-      f"data.color_jitter {data.color_jitter} is for images in grey or colour "
-      f"and data.channels is {data.channels}; set it to 0."
-    )
+  for name in ("color_jitter", "grayscale"):
+    if data[name] and data.channels not in (1, 3):
+      raise ValueError(
+        f"data.{name} {data[name]} is for images in grey or colour "
+        f"and data.channels is {data.channels}; set it to 0."
+      )
 
 
 def _check_batch(config: ml_collections.ConfigDict) -> None:

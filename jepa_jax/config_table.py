@@ -133,6 +133,18 @@ KEYS: dict[str, keys.Key] = {
   "data.flip": Key(False, keys.Flag(), "mirrors half of the images"),
   "data.color_jitter": Key(0.0, number(0.0, 10.0), "strength; 0: off"),
   "data.blur": Key(0.0, _SHARE, "probability of a Gaussian blur"),
+  "data.grayscale": Key(
+    0.0, _SHARE, "probability of grey; .2 at least with colour jitter"
+  ),
+  "data.solarize": Key(
+    0.0, _SHARE, "probability that the brighter half of the scale is inverted"
+  ),
+  "data.local_scale": Key(
+    (0.05, 0.3),
+    keys.Group((_SOME,) * 2, ordered=True),
+    "share of the image's area in a local view, min and max, of methods that "
+    "have them",
+  ),
   "data.max_unreadable": Key(
     100, whole(0, 10**9), "images skipped before the run stops"
   ),

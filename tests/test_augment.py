@@ -164,8 +164,11 @@ def test_central_crops_are_the_largest_central_squares():
 # --- colours ----------------------------------------------------------------
 
 
+OFF = {"blur": 0.0, "grayscale": 0.0, "solarize": 0.0, "image_size": 224}
+
+
 def colors(count=4000, **changes):
-  settings = {"color_jitter": 0.5, "blur": 0.0, "image_size": 224, **changes}
+  settings = {**OFF, "color_jitter": 0.5, **changes}
   return augment.random_colors(
     types.SimpleNamespace(**settings),
     seed=0,
@@ -175,7 +178,7 @@ def colors(count=4000, **changes):
 
 
 def distort(image, color, **changes):
-  settings = {"color_jitter": 1.0, "blur": 1.0, "image_size": 224, **changes}
+  settings = {**OFF, "color_jitter": 1.0, "blur": 1.0, **changes}
   return augment.distort(
     tf.constant(image, tf.float32),
     tf.constant(color, tf.float32),
@@ -206,6 +209,22 @@ def test_blur_alone_changes_no_colour():
   assert drawn[blurred, 5].min() >= 0.1 and drawn[:, 5].max() <= 2
   small = colors(color_jitter=0.0, blur=0.3, image_size=56)
   np.testing.assert_allclose(small[:, 5], drawn[:, 5] / 4, rtol=1e-5)
+
+
+def test_grey_and_solarised_shares_are_those_named():
+  drawn = colors(color_jitter=0.0, grayscale=0.4, solarize=0.3)
+  shares = drawn[:, [4, 6]].mean(axis=0)
+  np.testing.assert_allclose(shares, [0.4, 0.3], atol=5 * 0.49 / 4000**0.5)
+  both = (drawn[:, 4] * drawn[:, 6]).mean()  # independent of one another
+  np.testing.assert_allclose(both, 0.12, atol=5 * 0.33 / 4000**0.5)
+
+
+def test_solarising_inverts_what_is_bright():
+  image = np.asarray([[[0.0, 127, 128], [200, 255, 5]]])
+  solarised = distort(
+    image, (1, 1, 1, 0, 0, 0, 1), solarize=1.0, color_jitter=0.0, blur=0.0
+  )
+  np.testing.assert_array_equal(solarised, [[[0, 127, 127], [55, 0, 5]]])
 
 
 def test_a_colour_depends_on_the_image_alone():

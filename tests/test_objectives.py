@@ -146,7 +146,7 @@ def test_names_without_a_provider_are_refused(config, scenes_dir):
   config.data.data_dir = scenes_dir
   spec = jax.ShapeDtypeStruct
   image = spec((4, 40, 40, 3), np.uint8)
-  with pytest.raises(ValueError, match='"speech".* there are: image, label'):
+  with pytest.raises(ValueError, match='"speech".* there are: image, views'):
     pipeline.train_dataset(config, {"speech": image})
   with pytest.raises(ValueError, match=r"uint8 \(40, 40, 1\).*\(40, 40, 3\)"):
     pipeline.train_dataset(config, {"image": spec((4, 40, 40, 1), np.uint8)})

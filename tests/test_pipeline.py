@@ -55,6 +55,9 @@ def config(root, *, batch_size=6, **data):
         "flip": False,
         "color_jitter": 0.0,
         "blur": 0.0,
+        "grayscale": 0.0,
+        "solarize": 0.0,
+        "local_scale": (0.05, 0.1),
         "prefetch": 2,
         "max_unreadable": 3,
         "threads": 0,
@@ -296,6 +299,56 @@ def test_colour_jitter_and_blur_change_pixels_and_nothing_else(folder):
   assert changed[0].keys() == plain.keys()
   assert (changed[0]["image"] != plain["image"]).mean() > 0.2
   np.testing.assert_array_equal(changed[0]["context_ids"], plain["context_ids"])
+
+
+def test_views_are_crops_of_one_image_drawn_apart(tmp_path):
+  rng = np.random.default_rng(0)
+  noise = [rng.integers(0, 256, (40, 30, 3), np.uint8) for _ in range(5)]
+  for i, pixels in enumerate(noise):
+    pixels[..., 0] = 40 * i  # which image it is
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+  settings = config(tmp_path, batch_size=4, blur=0.5)
+  shapes = {"image": (24, 24, 3), "views": (2, 24, 24, 3)}
+  shapes["local_views"] = (3, 8, 12, 3)
+  spec = {
+    name: jax.ShapeDtypeStruct((4, *shape), np.uint8)
+    for name, shape in shapes.items()
+  }
+  make = lambda spec, **how: pipeline.train_dataset(settings, spec, **how)
+  whole = take(make(spec), 3)
+  # From any step on, and for the second of two processes.
+  (rest,) = take(make(spec, start_step=2, process_index=1, process_count=2), 1)
+  assert_same(rest, {name: x[2:] for name, x in whole[2].items()})
+  # A view is the same whatever else there is.
+  only = {"local_views": spec["local_views"]}
+  (alone,) = take(make(only), 1)
+  assert_same(alone, {"local_views": whole[0]["local_views"]})
+  batch = whole[0]
+  assert {k: x.shape[1:] for k, x in batch.items()} == shapes
+  which = batch["image"][:, 0, 0, 0]
+  assert len({*which}) == 4
+  for name in ("views", "local_views"):
+    views = batch[name]
+    assert (views[..., 0] == which.reshape(-1, 1, 1, 1)).all()
+    for i in range(1, views.shape[1]):
+      assert (views[:, 0] != views[:, i]).any(axis=(1, 2, 3)).all()
+  assert (batch["views"] != batch["image"][:, None]).any(axis=(2, 3, 4)).all()
+
+
+def test_local_views_show_little(tmp_path):
+  rows = np.linspace(0, 255, 80).astype(np.uint8)
+  ramp = np.broadcast_to(rows[:, None, None], (80, 80, 3))
+  Image.fromarray(ramp).save(tmp_path / "a.png")
+  shape = (1, 60, 24, 24, 3)
+  spec = jax.ShapeDtypeStruct(shape, np.uint8)
+  settings = config(tmp_path, batch_size=1, local_scale=(0.04, 0.09))
+  spans = {}
+  for name in ("views", "local_views"):
+    (batch,) = take(pipeline.train_dataset(settings, {name: spec}), 1)
+    spans[name] = np.ptp(batch[name][0].astype(float), axis=(1, 2, 3)) / 255
+  # Of a side, at a ratio of 3/4 to 4/3: sqrt(.04 * 3/4) and sqrt(.09 * 4/3).
+  assert 0.14 < spans["local_views"].min() < spans["local_views"].max() < 0.36
+  assert spans["views"].min() > 0.4
 
 
 def test_what_does_not_divide_is_refused(folder):

@@ -27,6 +27,8 @@ _FLIPS = {
   8: (1, 1, 0),
 }
 _JITTER_SHARE, _GREY_SHARE = 0.8, 0.2  # of the images, with colour jitter on
+_SOLARIZED = 128  # what is at least as bright is inverted, of 0 to 255
+COLORS = 7  # numbers that say what becomes of an image's colours
 _BLUR_SIGMA = (0.1, 2.0)  # pixels, of an image of 224
 
 
@@ -51,6 +53,7 @@ def random_crops(
   seed: int,
   epoch: np.ndarray,
   index: np.ndarray,
+  view: np.ndarray | None = None,
 ) -> Crops:
   """Random resized crops, and flips where config.flip says so.
 
@@ -66,15 +69,14 @@ def random_crops(
     seed: the run's seed.
     epoch: [B].
     index: [B] index of each image in its source.
+    view: [B], of several crops of an image; None for the only one.
 
   Reference: Szegedy et al. 2014, section 6, arXiv:1409.4842, as torchvision's
     RandomResizedCrop does it.
   """
   flips = np.asarray([_FLIPS[int(x)] for x in orientations], bool)
   height, width = _displayed(sizes, flips)
-  key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
-  for value in (epoch, index):
-    key = counter_rng.fold_in(np, key, value.astype(np.uint32))
+  key = _key(seed, epoch, index, view)
   u = (
     counter_rng.random_bits(np, key, 4 * _CROP_ATTEMPTS + 1) / 2.0**32
   )  # [B, 41]
@@ -106,6 +108,18 @@ def random_crops(
   box = _stored(box, height, width, flips)
   flips = flips ^ np.stack([0 * mirrored, 0 * mirrored, mirrored], -1) > 0
   return Crops(box, flips)
+
+
+def _key(
+  seed: int, epoch: np.ndarray, index: np.ndarray, view: np.ndarray | None
+) -> np.ndarray:
+  """Of each image of a batch, or of each view of an image."""
+  key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
+  for value in (epoch, index):
+    key = counter_rng.fold_in(np, key, value.astype(np.uint32))
+  if view is not None:  # 1 is the colours'
+    key = counter_rng.fold_in(np, key, (view + 2).astype(np.uint32))
+  return key
 
 
 def central_crops(
@@ -156,43 +170,54 @@ def _stored(
 
 
 def distorts(config: Any) -> bool:
-  """Whether config.data has colour jitter or blur."""
-  return bool(config.color_jitter or config.blur)
+  """Whether config.data changes colours or blurs."""
+  return bool(
+    config.color_jitter or config.blur or config.grayscale or config.solarize
+  )
 
 
 def random_colors(
-  config: Any, *, seed: int, epoch: np.ndarray, index: np.ndarray
+  config: Any,
+  *,
+  seed: int,
+  epoch: np.ndarray,
+  index: np.ndarray,
+  view: np.ndarray | None = None,
 ) -> np.ndarray:
   """Random parameters of `distort` for a batch of images.
 
   With colour jitter of strength s, 80 % of the images change brightness,
   contrast and saturation by factors uniform in 1 +- .8 s (not below 0), and hue
-  by up to .2 s of the circle (at most half); 20 % turn grey. A share
-  config.blur is blurred, with a deviation of .1 to 2 pixels at 224 pixels.
+  by up to .2 s of the circle (at most half); 20 % turn grey, or
+  config.grayscale if that is more. A share config.blur is blurred, with a
+  deviation of .1 to 2 pixels at 224 pixels, a share config.solarize solarised.
 
   Args:
     config: config.data.
     seed: the run's seed.
     epoch: [B].
     index: [B] index of each image in its source.
+    view: see random_crops.
 
   Returns:
-    float32 [B, 6]: brightness, contrast, saturation, hue, grey, sigma.
+    float32 [B, COLORS]: brightness, contrast, saturation, hue, grey, sigma,
+    solarise.
 
   Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
   """
-  key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
-  for value in (epoch, index, np.ones(1)):  # 1: not the crop's random bits
-    key = counter_rng.fold_in(np, key, value.astype(np.uint32))
-  u = counter_rng.random_bits(np, key, 8) / 2.0**32
+  key = _key(seed, epoch, index, view)
+  key = counter_rng.fold_in(np, key, np.uint32([1]))  # not the crop's bits
+  u = counter_rng.random_bits(np, key, 9) / 2.0**32
   strength = config.color_jitter
   factor = np.maximum(1 + 0.8 * strength * (2 * u[:, :3] - 1), 0)
   hue = min(0.2 * strength, 0.5) * (2 * u[:, 3:4] - 1)
   jitter = u[:, 4:5] < _JITTER_SHARE
-  grey = (u[:, 5:6] < _GREY_SHARE) & (strength > 0)
+  grey_share = max(config.grayscale, _GREY_SHARE if strength else 0)
+  grey = u[:, 5:6] < grey_share
   low, high = (_scale(config) * x for x in _BLUR_SIGMA)
   sigma = np.where(u[:, 6:7] < config.blur, low + u[:, 7:8] * (high - low), 0)
   parts = (np.where(jitter, factor, 1), np.where(jitter, hue, 0), grey, sigma)
+  parts += (u[:, 8:] < config.solarize,)
   return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -203,7 +228,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
 
   Args:
     image: float32 [H, W, C] on a scale of 0 to 255.
-    color: float32 [6], as `random_colors` gives it.
+    color: float32 [COLORS], as `random_colors` gives it.
     config: config.data.
 
   Returns:
@@ -217,9 +242,13 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
       grey = _grey(image)
       image = tf.clip_by_value(grey + (image - grey) * color[2], 0, 255)
       image = tf.image.adjust_hue(image / 255, color[3]) * 255
-      image = tf.where(color[4] > 0, _grey(image), image)
+  if image.shape[-1] == 3 and (config.color_jitter or config.grayscale):
+    image = tf.where(color[4] > 0, _grey(image), image)
   if config.blur:
     image = _blur(image, color[5], _scale(config))
+  if config.solarize:
+    bright = (image >= _SOLARIZED) & (color[6] > 0)
+    image = tf.where(bright, 255 - image, image)
   return image
 
 

@@ -8,6 +8,7 @@ generator. So hosts agree without talking, and resuming costs one seek.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 import tensorflow as tf
 
@@ -24,9 +25,10 @@ def num_examples(config: Any, split: str | None = None) -> int:
   return len(sources.open_source(config, split))
 
 
-def _images(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
-  del config, batch_spec
-  return lambda step, batch: {"image": batch["image"]}
+def _crops(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
+  del config
+  names = [name for name in _CROPS if name in batch_spec]
+  return lambda step, batch: {name: batch[name] for name in names}
 
 
 def _masks(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
@@ -55,10 +57,17 @@ def _labels(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
   return lambda step, batch: {"label": tf.cast(batch["label"], dtype)}
 
 
+# Random crops of an image: one of image_size, several of it, or several of the
+# spec's size that show data.local_scale of it.
+_CROPS = ("image", "views", "local_views")
+_FIRST_LOCAL_VIEW = 1000  # of the numbers that views are drawn by
+
 # What a training batch may hold: name -> what makes, of a config and a spec, a
 # function (step, batch) -> arrays by name. Some give several at once.
 PROVIDERS: dict[str, Callable[[Any, Mapping[str, Any]], Provider]] = {
-  "image": _images,
+  "image": _crops,
+  "views": _crops,  # [B, V, H, W, C]
+  "local_views": _crops,
   "label": _labels,
   "context_ids": _masks,
   "context_valid": _masks,
@@ -110,45 +119,109 @@ def train_dataset(
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(data.max_unreadable)
   places = process_index * share + np.arange(share)
-  distorts = augment.distorts(data)
+  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+  crops = [name for name in _CROPS if name in batch_spec] or ["image"]
+  first = crops[0]
+  decoded = {
+    name: _decoded(
+      *(config, name, batch_spec.get(name), steps, source, places),
+      label_of if name == first else {},
+    )
+    for name in crops
+  }
   rules = pixels.Rules.from_config(data)
 
-  def plan(step):
-    epoch, index = order.of_source(
-      source, step * config.batch_size + places, config.seed
-    )
-    records = source.read(index)
-    encoded, kinds, sizes, orientations = batches.headers(
-      source.images(records), rules
-    )
-    draw = dict(seed=config.seed, epoch=epoch, index=index)
-    crops = augment.random_crops(data, sizes, orientations, **draw)
-    plans = [encoded, kinds, crops.boxes, crops.flips, index, epoch]
-    if label_of:
-      plans.append(batches.strings(records))
-    if distorts:
-      plans.append(augment.random_colors(data, **draw))
-    return tuple(plans)
-
-  def finish(step, batch):
-    keys = ("image", *label_of)
+  def finish(found):
+    step, batch = found[first]
+    batch = batch | {name: found[name][1][name] for name in crops}
+    readable = [x["readable"] for _, x in found.values()]
+    batch["readable"] = tf.reduce_all(readable, axis=0)
+    keys = (*crops, *label_of)
     batch = batch | unreadable_lib.mend(batch, keys, source, rules, unreadable)
     made = {}
     for provide in providers:
       made |= provide(step, batch)
     return {name: made[name] for name in batch_spec}
 
-  spec = {"epoch": tf.TensorSpec([share], tf.int64)}
-  if label_of:
-    spec["record"] = tf.TensorSpec([share], tf.string)
-  if distorts:
-    spec["color"] = tf.TensorSpec([share, 6], tf.float32)
-  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  dataset = batches.decoded(
-    steps, plan, spec, source, data, share, _label_features(source, label_of)
-  ).map(batches.plain(finish))
+  dataset = tf.data.Dataset.zip(decoded).map(batches.plain(finish))
   _check_spec(dataset.element_spec, batch_spec)
   return _finish(dataset, data)
+
+
+def _decoded(
+  config: Any,
+  name: str,
+  wanted: Any,
+  steps: tf.data.Dataset,
+  source: sources.Source,
+  places: np.ndarray,
+  label_of: Mapping[str, Callable[..., Any]],
+) -> tf.data.Dataset:
+  """Random crops of the images of each step.
+
+  Args:
+    config: the whole configuration.
+    name: one of _CROPS; each view is read as if it were an image of its own.
+    wanted: shape and type of the array.
+    steps: int64 scalars.
+    source: of the images.
+    places: of this process's images in a batch.
+    label_of: see _label_features.
+
+  Returns:
+    (step, batch) of batches.decoded, the crops under their name.
+  """
+  data, count, view = config.data, 1, None
+  if name != "image":
+    count = wanted.shape[1]
+    view = np.tile(np.arange(count), len(places))
+  if name == "local_views":
+    data = ml_collections.ConfigDict(data)
+    with data.ignore_type():  # of image_size
+      data.image_size = tuple(wanted.shape[2:4])
+    data.crop_scale = data.local_scale
+    view += _FIRST_LOCAL_VIEW
+  distorts = augment.distorts(data)
+  rules = pixels.Rules.from_config(data)
+  size = count * len(places)
+
+  def plan(step):
+    epoch, index = order.of_source(
+      source, step * config.batch_size + places, config.seed
+    )
+    records = source.read(index)
+    found = batches.headers(source.images(records), rules)
+    encoded, kinds, sizes, orientations, epoch, index = (
+      np.repeat(x, count, axis=0) for x in (*found, epoch, index)
+    )
+    draw = dict(seed=config.seed, epoch=epoch, index=index, view=view)
+    crops = augment.random_crops(data, sizes, orientations, **draw)
+    plans = [encoded, kinds, crops.boxes, crops.flips, index, epoch]
+    if label_of:
+      plans.append(np.repeat(batches.strings(records), count))
+    if distorts:
+      plans.append(augment.random_colors(data, **draw))
+    return tuple(plans)
+
+  spec = {"epoch": tf.TensorSpec([size], tf.int64)}
+  if label_of:
+    spec["record"] = tf.TensorSpec([size], tf.string)
+  if distorts:
+    spec["color"] = tf.TensorSpec([size, augment.COLORS], tf.float32)
+
+  def by_image(step, batch):
+    """Views of an image side by side, the rest once an image."""
+    batch = dict(batch)
+    image, readable = batch.pop("image"), batch["readable"]
+    if view is not None:
+      image = tf.reshape(image, (-1, count, *image.shape[1:]))
+      readable = tf.reduce_all(tf.reshape(readable, (-1, count)), axis=1)
+      batch = {key: x[::count] for key, x in batch.items()}
+    return step, batch | {name: image, "readable": readable}
+
+  return batches.decoded(
+    steps, plan, spec, source, data, size, _label_features(source, label_of)
+  ).map(batches.plain(by_image))
 
 
 def _share(batch_size: int, process_count: int) -> int:
