@@ -22,6 +22,7 @@ OBJECTIVES = {
   "supervised": "jepa_jax.objectives.supervised:Supervised",
   "mae": "jepa_jax.objectives.mae:MAE",
   "data2vec": "jepa_jax.objectives.data2vec:Data2Vec",
+  "lejepa": "jepa_jax.objectives.lejepa:LeJEPA",
 }
 
 Params = dict[str, Any]  # network -> tree of its parameters
@@ -60,12 +61,15 @@ class Objective:
       what `evaluate` and `load` use; without one there is nothing to evaluate.
       One named "predictor", a models.Predictor, is what `predict` uses.
     frozen: names of networks that are neither optimised nor averaged.
+    whole_batch: whether the loss is a statistic of the batch, so that
+      microbatches (config.accumulate_steps) are refused.
     keys: settings of the method's own, config.method.NAME each; see
       jepa_jax.keys. config.defaults(objective) has their defaults.
   """
 
   networks: dict[str, Any]
   frozen: tuple[str, ...] = ()
+  whole_batch: ClassVar[bool] = False
   keys: ClassVar[dict[str, keys_lib.Key]] = {}
 
   @classmethod

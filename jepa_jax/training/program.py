@@ -110,6 +110,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   objective = objectives.load(config.objective).from_config(
     config, sharding.make_kernels(config.compute, mesh)
   )
+  if objective.whole_batch and slices > 1:
+    raise ValueError(
+      f"accumulate_steps is {slices} and the loss of objective "
+      f'"{config.objective}" is a statistic of the whole batch; make it 1, and '
+      "save memory by compute.remat."
+    )
   schedules = optimizer.make_schedules(config)
   tx = optimizer.make_optimizer(
     config, schedules, objective.learning_rate_scale
