@@ -1,9 +1,13 @@
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jepa_jax.evaluation import bank as bank_lib
 from jepa_jax.evaluation import features
+from jepa_jax.evaluation.protocols import knn, linear
 
 PIXELS = {"pixels": features.raw_pixels}
 RANDOM = np.random.default_rng(0)
@@ -48,6 +52,42 @@ def test_extract_keeps_order_and_drops_padding():
     result["features"]["pixels"], images.reshape(11, -1) / 255, rtol=1e-6
   )
   assert compilations == [(4, 6, 4, 3)]
+
+
+def test_features_stand_on_the_host_once(monkeypatch):
+  """What a bank, and a probe of it, add is less than half of their bytes."""
+  monkeypatch.setattr(bank_lib, "CHUNK", 40_000)
+  monkeypatch.setattr(features, "STATISTICS_CHUNK", 40_000)
+  monkeypatch.setattr(linear, "TEST_CHUNK", 400)
+  labels = np.arange(8000) % 3
+  train, test = (
+    {
+      "features": RANDOM.normal(size=(8000, 90)).astype(np.float32),
+      "labels": labels,
+    }
+    for _ in range(2)
+  )
+  tracemalloc.start()
+  try:
+    held = 2 * train["features"].nbytes  # those of train and test
+    bank_lib.Bank(train["features"], unit=True)
+    assert tracemalloc.get_traced_memory()[1] < 0.4 * held
+    linear.linear_probe(train, test, strengths=(0.1,), max_iterations=3)
+    knn.nearest_neighbours(train, test, chunk=100)
+    assert tracemalloc.get_traced_memory()[1] < 0.5 * held
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("limit, shards", [(None, 1), (99, 2), (30_000, 1)])
+def test_a_bank_is_split_where_no_device_holds_it(limit, shards, monkeypatch):
+  class Device:
+    def memory_stats(self):
+      return limit and {"bytes_limit": limit}
+
+  monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+  monkeypatch.setattr(jax, "devices", lambda: [1, 2])
+  assert len(bank_lib._devices(10_000)) == shards
 
 
 def test_extract_without_valid_keeps_every_row():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import test_probes
 
+from jepa_jax.evaluation import bank
 from jepa_jax.evaluation.protocols import (
   health,
-  knn,
   knn_grid,
   linear,
   low_shot,
@@ -33,9 +33,9 @@ def test_leave_one_out_is_that_of_scikit_learn():
   train = test_probes.blobs(90, 7, 4, 1.5, seed=1)
   test = test_probes.blobs(41, 7, 4, 1.5, seed=2)
   units = train["features"] - train["features"].mean(0)
-  units = knn.unit_rows(units / train["features"].std(0))
+  units = bank.unit_rows(units / train["features"].std(0))
   other = test["features"] - train["features"].mean(0)
-  other = knn.unit_rows(other / train["features"].std(0))
+  other = bank.unit_rows(other / train["features"].std(0))
   for k, t in ((3, 0.07), (11, 0.5)):
     weights = lambda d, t=t: np.exp(-(d**2) / 2 / t)  # 1 - cosine = d^2 / 2
     model = neighbors.KNeighborsClassifier(k, weights=weights)

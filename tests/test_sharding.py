@@ -17,7 +17,8 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-import conftest, test_program
+import conftest, test_probes, test_program
+from jepa_jax.evaluation import bank, protocols
 from jepa_jax.planning import hlo
 from jepa_jax.training import checkpoints, program as program_lib, sharding
 
@@ -96,6 +97,18 @@ with checkpoints.Checkpoints(folder, config.checkpoint) as saved:
   for data, fsdp in ((1, 1), (8, 1), (1, 8)):
     other = saved.restore(build(data, fsdp).state_spec)
     results[f"restored {data}x{fsdp}"] = flat(other) == flat(state)
+
+# A bank of features on four devices, in chunks of some rows.
+train = test_probes.blobs(211, 13, 4, 2.0, seed=1)
+test = test_probes.blobs(67, 13, 4, 2.0, seed=2)
+for name, chunk, used in ("one", bank.CHUNK, 1), ("four", 100, 4):
+  bank.CHUNK, bank._devices = chunk, lambda size: jax.devices()[:used]
+  made = bank.Bank(train["features"])
+  assert len(made.rows.sharding.device_set) == used
+  results[f"bank {name}"] = [made.host(made.rows)[:211].tolist()] + [
+    protocols.find(row).run(train, test, seed=0)
+    for row in ("knn", "knn_grid", "linear")
+  ]
 print(json.dumps(results))
 """
 
@@ -122,6 +135,16 @@ def test_a_mesh_changes_nothing_but_the_rounding(results, mesh):
   np.testing.assert_allclose(
     results[mesh]["params"], results["1x1"]["params"], rtol=1e-4, atol=1e-5
   )
+
+
+def test_probes_of_a_bank_on_four_devices_give_the_values_of_one(results):
+  (rows, *one), (spread, *four) = results["bank one"], results["bank four"]
+  assert spread == rows
+  assert four[:2] == one[:2]  # k-NN
+  assert 50 < one[2]["top1"] < 100
+  for name, value in one[2].items():
+    if name not in ("iterations", "converged"):
+      assert four[2][name] == pytest.approx(value, abs=1e-6), name
 
 
 @pytest.mark.parametrize("mesh", ["1x8", "2x4"])

@@ -11,6 +11,7 @@ import numpy as np
 from jepa_jax.evaluation import progress as progress_lib
 
 SMALL = 28  # images up to this size enter the pixel baseline as they are
+STATISTICS_CHUNK = 2**22  # numbers
 REDUCED = 16  # larger ones are reduced to at most this size
 
 
@@ -177,7 +178,11 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     Both float32 [D]; the deviation is 1 where a feature is constant.
   """
-  mean = features.mean(axis=0, dtype=np.float64)
-  scale = features.std(axis=0, dtype=np.float64)
+  count, width = features.shape
+  rows = max(1, STATISTICS_CHUNK // width)  # or float64 would be two copies
+  chunks = [slice(i, i + rows) for i in range(0, count, rows)]
+  mean = sum(features[c].sum(axis=0, dtype=np.float64) for c in chunks) / count
+  squares = sum(np.square(features[c] - mean).sum(axis=0) for c in chunks)
+  scale = np.sqrt(squares / count)
   scale = np.where(scale <= 1e-6 * np.max(scale, initial=0), 1, scale)
   return mean.astype(np.float32), scale.astype(np.float32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.evaluation import features
+from jepa_jax.evaluation import bank as bank_lib
 from jepa_jax.evaluation.protocols import accuracy, protocol
 
 
@@ -58,13 +58,11 @@ def nearest_neighbours(
     )
   classes, targets = np.unique(train["labels"], return_inverse=True)
   k = min(k, len(targets))
-  mean, scale = features.statistics(train["features"])
-  bank = jnp.asarray(unit_rows((train["features"] - mean) / scale))
-  queries = unit_rows((test["features"] - mean) / scale)
+  bank = bank_lib.Bank(train["features"], unit=True)
   weighted, votes = [], []
-  for start in range(0, len(queries), chunk):
-    similarities, nearest = neighbours(bank, queries[start : start + chunk], k)
-    weights = np.exp((np.asarray(similarities) - 1) / temperature)  # [B, k]
+  for queries in bank.chunks(test["features"], chunk):
+    similarities, nearest = neighbours(bank, queries, k)
+    weights = np.exp((similarities - 1) / temperature)  # [B, k]
     said = np.eye(len(classes), dtype=np.float32)[targets[nearest]]
     weighted.append(np.einsum("bk,bkc->bc", weights, said))
     votes.append(said.sum(axis=1))
@@ -79,19 +77,28 @@ def nearest_neighbours(
   }
 
 
-@functools.partial(jax.jit, static_argnames="k")
 def neighbours(
-  bank: jax.Array, queries: Any, k: int
-) -> tuple[jax.Array, jax.Array]:
-  """Similarities and indices, both [B, k], of the nearest rows of `bank`."""
+  bank: bank_lib.Bank, queries: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Similarities and indices, both [B, k], of the nearest rows of a bank."""
+  found = _neighbours(bank.rows, queries, k, bank.count, bank.shards)
+  return tuple(map(bank.host, found))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _neighbours(rows, queries, k, count, shards):
+  """The nearest of each device's rows first, [B, S, k], then those of all."""
+  rows = rows.reshape(shards, -1, rows.shape[1])
   with jax.default_matmul_precision("float32"):
-    return jax.lax.top_k(queries @ bank.T, k)
-
-
-def unit_rows(features: np.ndarray) -> np.ndarray:
-  """Rows of length 1, float32; those of zeros stay."""
-  norms = np.linalg.norm(features, axis=1, keepdims=True)
-  return np.asarray(features / np.where(norms == 0, 1, norms), np.float32)
+    similarities = jnp.einsum("bd,snd->bsn", queries, rows)
+  numbers = jnp.arange(rows.shape[0] * rows.shape[1])
+  numbers = numbers.reshape(rows.shape[:2])  # [S, n]
+  similarities = jnp.where(numbers < count, similarities, -jnp.inf)
+  nearest, places = jax.lax.top_k(similarities, min(k, rows.shape[1]))
+  places = jnp.take_along_axis(numbers[None], places, axis=2)
+  nearest, places = (x.reshape(len(queries), -1) for x in (nearest, places))
+  nearest, chosen = jax.lax.top_k(nearest, k)
+  return nearest, jnp.take_along_axis(places, chosen, axis=1)
 
 
 ROW = protocol.Protocol(

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.evaluation import features
+from jepa_jax.evaluation import bank as bank_lib
 from jepa_jax.evaluation.protocols import accuracy, knn, protocol
 
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
@@ -56,19 +55,18 @@ def knn_grid(
       f"temperatures={tuple(temperatures)}; it needs k in [1, images) and "
       "temperatures above 0."
     )
-  mean, scale = features.statistics(train["features"])
-  units = [knn.unit_rows((x["features"] - mean) / scale) for x in (train, test)]
+  bank = bank_lib.Bank(train["features"], unit=True)
   pairs = [(k, t) for k in ks for t in heats]
   said = np.eye(len(classes), dtype=np.float32)[targets]
   classified = lambda side, itself: _classified(
-    units[0], said, units[side], pairs, chunk, itself
+    bank, said, side["features"], pairs, chunk, itself
   )
   own = {
     pair: accuracy.percent(scores.argmax(axis=1) == targets)
-    for pair, scores in classified(0, True).items()
+    for pair, scores in classified(train, True).items()
   }
   best = max(own, key=own.get)
-  on_test = classified(1, False)
+  on_test = classified(test, False)
   labels = np.asarray(test["labels"])
   top1 = {
     pair: accuracy.percent(classes[scores.argmax(axis=1)] == labels)
@@ -88,13 +86,13 @@ def knn_grid(
 
 def _classified(bank, said, queries, pairs, chunk, itself):
   """Scores [B, K] of each (k, temperature), the largest k first."""
-  bank, most = jnp.asarray(bank), pairs[0][0]
+  most, start = pairs[0][0], 0
   found = {pair: [] for pair in pairs}
-  for start in range(0, len(queries), chunk):
-    part = queries[start : start + chunk]
-    near, who = map(np.asarray, knn.neighbours(bank, part, most + int(itself)))
+  for part in bank.chunks(queries, chunk):
+    near, who = knn.neighbours(bank, part, most + int(itself))
     if itself:
       near, who = _others(near, who, np.arange(start, start + len(part)))
+      start += len(part)
     for k, t in pairs:
       weights = np.exp((near[:, :k] - 1) / t)
       found[k, t].append(np.einsum("bk,bkc->bc", weights, said[who[:, :k]]))

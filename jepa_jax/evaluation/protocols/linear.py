@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from scipy import optimize
 
-from jepa_jax.evaluation import features
+from jepa_jax.evaluation import bank as bank_lib
 from jepa_jax.evaluation.protocols import accuracy, protocol
 
+TEST_CHUNK = 4096  # images that are scored at a time
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # L2, from strong to weak
 
 
@@ -73,20 +74,19 @@ def linear_probe(
       f"linear probe got {len(classes)} class in {len(targets)} training "
       "images; it needs at least 2: use more images or another label."
     )
-  mean, scale = features.statistics(train["features"])
-  inputs = jnp.asarray((train["features"] - mean) / scale)
+  bank = bank_lib.Bank(train["features"])
   held_out = stratified(targets, holdout, seed)
-  fit = Regression(inputs, targets, len(classes), max_iterations, tolerance)
+  fit = Regression(bank, targets, len(classes), max_iterations, tolerance)
 
   scores, solutions = {}, {}
   if len(strengths) > 1 and held_out.any():
-    scores, solutions = _along_path(fit, strengths, inputs, targets, held_out)
+    scores, solutions = _along_path(fit, strengths, targets, held_out)
   best = max(scores, key=scores.get) if scores else max(strengths)
   parameters, outcome = fit(
     np.ones(len(targets), bool), best, solutions.get(best)
   )
-  scores_of_test = logits((test["features"] - mean) / scale, *parameters)
-  fitted = np.argmax(logits(inputs, *parameters), axis=1)
+  scores_of_test = fit.logits(test["features"], *parameters)
+  fitted = fit.classify(*parameters)
   return {
     **accuracy.accuracies(scores_of_test, classes, train, test),
     "train_top1": accuracy.percent(fitted == targets),
@@ -97,15 +97,14 @@ def linear_probe(
   }
 
 
-def _along_path(fit, strengths, inputs, targets, held_out):
+def _along_path(fit, strengths, targets, held_out):
   """Accuracy on the images held out, and solution, by strength."""
   parameters, since_best = None, 0
   scores, solutions = {}, {}
   for strength in sorted(strengths, reverse=True):
     parameters, _ = fit(~held_out, strength, parameters)
     solutions[strength] = parameters
-    predicted = np.argmax(logits(inputs, *parameters), axis=1)
-    score = accuracy.percent((predicted == targets)[held_out])
+    score = accuracy.percent((fit.classify(*parameters) == targets)[held_out])
     improved = score > max(scores.values(), default=-1)
     since_best = 0 if improved else since_best + 1
     scores[strength] = score
@@ -124,28 +123,28 @@ class Regression:
   """
 
   def __init__(
-    self, inputs, targets, classes, max_iterations, tolerance, loss=None
+    self, bank, targets, classes, max_iterations, tolerance, loss=None
   ):
-    """Takes inputs [n, D], targets [n, ...] and (logits, targets) -> [n]."""
-    self.inputs = inputs
-    self.targets = jnp.asarray(targets, jnp.int32)
+    """Takes a Bank, targets [n, ...] and (logits, targets) -> [n]."""
+    self.bank = bank
+    self.targets = bank.place(np.asarray(targets, np.int32))
     self.loss = loss or optax.softmax_cross_entropy_with_integer_labels
-    self.shape = (inputs.shape[1], classes)
+    self.shape = (bank.width, classes)
     self.options = {"maxiter": max_iterations, "maxfun": 5 * max_iterations}
     self.options |= {"gtol": tolerance, "ftol": 1e-9, "maxcor": 10}
-    self.variances, self.axes = _principal_axes(inputs)
+    self.variances, self.axes = _principal_axes(bank.rows, bank.count)
 
   def __call__(self, chosen, strength, start=None):
     """Fits the images of `chosen` bool [n]; returns (W, bias), SciPy result."""
     width, classes = self.shape
     scales = 1 / jnp.sqrt(self.variances / 4 + strength)  # [D]
     if start is None:
-      start = jnp.zeros((width, classes)), jnp.zeros(classes)
-    weights = self.axes.T @ start[0] / scales[:, None]
-    shares = jnp.asarray(chosen / chosen.sum(), jnp.float32)
+      start = np.zeros((width, classes), np.float32), np.zeros(classes)
+    weights = self.bank.host(self.axes.T @ start[0] / scales[:, None])
+    shares = self.bank.place(np.float32(chosen / chosen.sum()))
 
     def unpack(flat):
-      flat = jnp.asarray(flat.reshape(width + 1, classes), jnp.float32)
+      flat = np.asarray(flat.reshape(width + 1, classes), np.float32)
       return flat[:width], flat[width]
 
     def loss_and_gradient(flat):
@@ -154,13 +153,14 @@ class Regression:
         self.axes,
         scales,
         strength,
-        self.inputs,
+        self.bank.rows,
         self.targets,
         shares,
         self.loss,
       )
+      loss, *gradients = map(self.bank.host, (loss, *gradients))
       return float(loss), np.concatenate(
-        [np.asarray(g, np.float64).ravel() for g in gradients]
+        [g.astype(np.float64).ravel() for g in gradients]
       )
 
     outcome = optimize.minimize(
@@ -171,14 +171,31 @@ class Regression:
       options=self.options,
     )
     weights, bias = unpack(outcome.x)
-    return (self.axes @ (scales[:, None] * weights), bias), outcome
+    weights = self.bank.host(self.axes @ (scales[:, None] * weights))
+    return (weights, bias), outcome
+
+  def classify(self, weights, bias):
+    """Columns [n] that the training images are given."""
+    found = _logits(self.bank.rows, weights, bias).argmax(axis=1)
+    return self.bank.host(found)[: self.bank.count]
+
+  def train_logits(self, weights, bias):
+    """Scores [n, K] of the training images."""
+    return self.bank.host(_logits(self.bank.rows, weights, bias))[
+      : self.bank.count
+    ]
+
+  def logits(self, features, weights, bias):
+    """Scores [B, K] of other features [B, D]."""
+    parts = self.bank.chunks(features, TEST_CHUNK)
+    return np.concatenate([logits(x, weights, bias) for x in parts])
 
 
-@jax.jit
-def _principal_axes(inputs):
+@functools.partial(jax.jit, static_argnums=1)
+def _principal_axes(inputs, count):
   """Variances [D] (at least 0) and axes [D, D], one a column."""
   with jax.default_matmul_precision("float32"):
-    covariance = inputs.T @ inputs / len(inputs)
+    covariance = inputs.T @ inputs / count
     variances, axes = jnp.linalg.eigh(covariance)
   return jnp.maximum(variances, 0), axes
 
@@ -195,6 +212,12 @@ def _objective(
     said = inputs @ (axes @ weights) + bias  # [n, K]
   penalty = 0.5 * strength * jnp.sum(jnp.square(weights))  # axes keep lengths
   return penalty + jnp.sum(shares * loss(said, targets))
+
+
+@jax.jit
+def _logits(inputs, weights, bias):
+  with jax.default_matmul_precision("float32"):
+    return inputs @ weights + bias
 
 
 def logits(inputs: Any, weights: Any, bias: Any) -> np.ndarray:

@@ -6,11 +6,10 @@ Axes: n training images, B test images, D features, K classes.
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jepa_jax.evaluation import features
+from jepa_jax.evaluation import bank as bank_lib
 from jepa_jax.evaluation.protocols import linear, protocol
 
 
@@ -54,10 +53,13 @@ def multilabel(
       strength or holdout that makes sense.
   """
   targets, wanted = _checked(train, test, strengths, holdout)
-  mean, scale = features.statistics(train["features"])
-  inputs = jnp.asarray((train["features"] - mean) / scale)
   fit = linear.Regression(
-    inputs, targets, targets.shape[1], max_iterations, tolerance, _loss
+    bank_lib.Bank(train["features"]),
+    targets,
+    targets.shape[1],
+    max_iterations,
+    tolerance,
+    _loss,
   )
   held = np.zeros(len(targets), bool)
   count = min(max(round(holdout * len(targets)), 1), len(targets) - 1)
@@ -67,14 +69,14 @@ def multilabel(
     if len(strengths) == 1 or not targets[held].any():
       break
     start, _ = fit(~held, strength, start)
-    said = linear.logits(inputs, *start)
+    said = fit.train_logits(*start)
     scores[strength] = _mean(average_precisions(said[held], targets[held]))
   best = max(scores, key=scores.get) if scores else max(strengths)
   parameters, outcome = fit(np.ones(len(targets), bool), best)
-  said = linear.logits((test["features"] - mean) / scale, *parameters)
+  said = fit.logits(test["features"], *parameters)
   precisions = average_precisions(said, wanted)
   known = precisions[~np.isnan(precisions)]
-  fitted = average_precisions(linear.logits(inputs, *parameters), targets)
+  fitted = average_precisions(fit.train_logits(*parameters), targets)
   return {
     "mAP": _mean(precisions),
     "standard_error": 100 * float(known.std() / np.sqrt(len(known))),
