@@ -88,7 +88,8 @@ def plan(
   that is stopped says something of each.
 
   Args:
-    over: "key=value,value" each.
+    over: "key=value,value" each, or "key+key=value+value,value+value" for keys
+      that change together.
     seeds: runs a cell, with seeds from 0 on.
     overrides: "--config.key=value" of every run.
     workdir: of the sweep.
@@ -96,30 +97,38 @@ def plan(
   Raises:
     ValueError: a key without values, twice, or that is also an override.
   """
-  grid: dict[str, list[str]] = {}
+  axes: list[list[dict[str, str]]] = []
   fixed = {x.removeprefix("--config.").partition("=")[0] for x in overrides}
   for text in over:
     key, equals, values = text.partition("=")
-    key = key.removeprefix("config.")
-    if not equals or "" in (found := split_values(values)):
+    names = [x.strip().removeprefix("config.") for x in key.split("+")]
+    # As many parts as there are keys: 1e+3 is one value of one key.
+    found = [
+      tuple(x.strip() for x in value.split("+", len(names) - 1))
+      for value in split_values(values)
+    ]
+    if not equals or any(len(x) < len(names) or "" in x for x in found):
       raise ValueError(
         f'--over "{text}" needs a key and values, such as '
-        "masks.num_targets=1,2,4."
+        "masks.num_targets=1,2,4, or keys that change together, such as "
+        "masks.name+masks.num_targets=corrected+4,block+1."
       )
-    if key in grid or key in fixed or key == "seed":
-      raise ValueError(
-        f'--over "{text}": {key} is set by '
-        f"{'--seeds' if key == 'seed' else 'another flag'} too; give it once."
-      )
+    for name in names:
+      if name in fixed or name == "seed":
+        other = "--seeds" if name == "seed" else "another flag"
+        raise ValueError(
+          f'--over "{text}": {name} is set by {other} too; give it once.'
+        )
+      fixed.add(name)
     if len({*found}) < len(found):
       raise ValueError(f'--over "{text}" has a value twice.')
-    grid[key] = found
-  if "seed" in fixed:
+    axes.append([dict(zip(names, value)) for value in found])
+  if any(x.startswith("--config.seed=") for x in overrides):
     raise ValueError("--config.seed is set; --seeds says how many there are.")
   runs = []
   for seed in range(seeds):
-    for values in itertools.product(*grid.values()):
-      cell = dict(zip(grid, values))
+    for values in itertools.product(*axes):
+      cell = {k: v for part in values for k, v in part.items()}
       changed = [f"--config.{k}={v}" for k, v in cell.items()]
       name = ",".join([*cell.values(), f"seed{seed}"])
       runs.append(
@@ -259,7 +268,8 @@ if __name__ == "__main__":
     action="append",
     default=[],
     metavar="KEY=V1,V2,...",
-    help="a config key and its values; several give every combination",
+    help="a config key and its values, or keys that change together: "
+    "KEY+KEY=V1+W1,V2+W2; several give every combination",
   )
   keys.add_flag(
     flags,

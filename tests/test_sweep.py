@@ -5,14 +5,16 @@ Runs are stood in for by a script that writes what a run leaves behind.
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
 
+import conftest
 import numpy as np
 import pytest
 
-from jepa_jax import sweep
+from jepa_jax import command, config, sweep
 from jepa_jax.evaluation import comparison
 
 FLAGS = ["--config", "experiments/quickstart.py", "--config.batch_size=8"]
@@ -47,9 +49,21 @@ def test_every_combination_and_all_cells_before_the_second_seed(tmp_path):
     assert run.folder.parent == tmp_path and "(" not in run.folder.name
 
 
+def test_keys_joined_by_plus_change_together(tmp_path):
+  over = ["masks.name+masks.target_scale=block+(0.6, 0.6),released+(0.1, 0.2)"]
+  runs = sweep.plan([*over, "batch_size=8,1e+1"], 1, [], tmp_path)
+  assert [tuple(run.cell.values()) for run in runs] == [
+    ("block", "(0.6, 0.6)", "8"), ("block", "(0.6, 0.6)", "1e+1"),
+    ("released", "(0.1, 0.2)", "8"), ("released", "(0.1, 0.2)", "1e+1"),
+  ]  # fmt: skip
+  assert runs[0].name == "name=block target_scale=(0.6, 0.6) batch_size=8"
+
+
 @pytest.mark.parametrize(
   "over, overrides, message",
   [
+    (["momentum+batch_size=1,2"], [], "needs a key and values, such as .*chan"),
+    (["batch_size+batch_size=1+2"], [], "another flag too"),
     (["batch_size"], [], "needs a key and values"),
     (["batch_size=1,,2"], [], "needs a key and values"),
     (["batch_size=1,1"], [], "a value twice"),
@@ -196,3 +210,22 @@ def test_means_and_deviations_are_those_of_numpy(tmp_path):
   (pathlib.Path(paths[0]) / "evaluations.json").write_text("{}x")
   with pytest.raises(ValueError, match="cannot be read"):
     comparison.cell("a", paths)
+
+
+def test_every_table_of_the_paper_is_a_sweep_that_starts(tmp_path):
+  page = (conftest.ROOT / "docs/evaluation.md").read_text()
+  rows = re.findall(r"^\| (\d+), [^|]*\| `([^`]*)` \|", page, re.MULTILINE)
+  assert [number for number, _ in rows] == [
+    "7",
+    "8",
+    "9",
+    "10",
+    "12",
+    "13",
+    "14",
+  ]
+  for _, over in rows:
+    path = str(conftest.EXPERIMENTS / "ijepa_in1k.py:vitb16")
+    for run in sweep.plan([over], 1, [], tmp_path):
+      changed = command.load_config(path, list(run.overrides))
+      config.check(changed)
