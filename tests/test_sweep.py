@@ -215,17 +215,10 @@ def test_means_and_deviations_are_those_of_numpy(tmp_path):
 def test_every_table_of_the_paper_is_a_sweep_that_starts(tmp_path):
   page = (conftest.ROOT / "docs/evaluation.md").read_text()
   rows = re.findall(r"^\| (\d+), [^|]*\| `([^`]*)` \|", page, re.MULTILINE)
-  assert [number for number, _ in rows] == [
-    "7",
-    "8",
-    "9",
-    "10",
-    "12",
-    "13",
-    "14",
-  ]
-  for _, over in rows:
-    path = str(conftest.EXPERIMENTS / "ijepa_in1k.py:vitb16")
+  assert [int(number) for number, _ in rows] == [7, 8, 9, 10, 12, 13, 14]
+  for number, over in rows:
+    size = "vitb16" if number in ("8", "9", "10") else "vitl16"
+    path = f"{conftest.EXPERIMENTS}/ijepa_in1k.py:{size}"
     for run in sweep.plan([over], 1, [], tmp_path):
       changed = command.load_config(path, list(run.overrides))
       config.check(changed)
