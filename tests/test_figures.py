@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from jepa_jax.evaluation import components as components_lib
 from jepa_jax.evaluation import figures
 
 RANDOM = np.random.default_rng(0)
@@ -199,7 +200,9 @@ def test_pca_colours_follow_three_known_directions():
   axes = np.linalg.qr(RANDOM.normal(size=(9, 3)))[0]
   spread = np.array([5.0, 2.0, 1.0])
   components = RANDOM.normal(size=(2, 3, 5, 3)) * spread
-  colours, shares = figures.pca_colours(components @ axes.T + 100)
+  vectors = components @ axes.T + 100
+  basis = components_lib.Basis.fit(vectors)
+  colours, shares = basis.colours(vectors), basis.shares
   assert colours.shape == (2, 3, 5, 3) and colours.dtype == np.uint8
   assert shares.sum() == pytest.approx(1) and shares[0] > shares[1] > shares[2]
   for i in range(3):
@@ -211,14 +214,15 @@ def test_pca_colours_follow_three_known_directions():
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_pca_of_few_or_constant_features_is_drawn(width):
-  colours, shares = figures.pca_colours(np.ones((2, 3, 5, width)))
-  assert colours.shape == (2, 3, 5, 3)
-  np.testing.assert_array_equal(shares, 0)
+  vectors = np.ones((2, 3, 5, width))
+  basis = components_lib.Basis.fit(vectors)
+  assert basis.colours(vectors).shape == (2, 3, 5, 3)
+  np.testing.assert_array_equal(basis.shares, 0)
 
 
 @pytest.mark.parametrize(
-  "features", [np.ones((3, 5, 7)), np.full((2, 3, 5, 7), np.nan)]
+  "features", [np.ones((0, 3, 5, 7)), np.full((2, 3, 5, 7), np.nan)]
 )
 def test_pca_refuses_what_it_cannot_colour(features):
   with pytest.raises(ValueError, match="PCA got features"):
-    figures.pca_colours(features)
+    components_lib.Basis.fit(features)

@@ -14,6 +14,7 @@ PACKAGE = conftest.ROOT / "jepa_jax"
 ORDER = (
   "commands",
   *("command", "launch", "allocator"),  # what commands share
+  "pictures",
   *("pretrained", "convert"),
   "evaluation",
   "planning",

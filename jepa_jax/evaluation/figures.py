@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+  from matplotlib import axes as axes_lib
   from matplotlib import figure as figure_lib
 
 # Variable of the page's style -> its colour in light and in dark mode.
@@ -64,9 +65,7 @@ def line_chart(
       whose own text is the heading.
   """
   from matplotlib import figure as figure_lib
-  from matplotlib import ticker
 
-  ink, faint, rule = (PALETTE[name][0] for name in ("ink", "faint", "rule"))
   top = TOP + 18 if title else TOP
   height = HEIGHT - TOP + top
   figure = figure_lib.Figure(figsize=(WIDTH / 72, height / 72))
@@ -78,6 +77,22 @@ def line_chart(
       (height - top - BOTTOM) / height,
     )
   )
+  draw_series(axes, series)
+  if title:
+    ink = PALETTE["ink"][0]
+    axes.set_title(title, loc="left", fontsize=12, color=ink, parse_math=False)
+    if len(series) > 1:
+      lines = [line for line in axes.lines if line.get_alpha() is None]
+      for text in axes.legend(lines, [name for name, *_ in series]).get_texts():
+        text.set_parse_math(False)
+  return figure
+
+
+def draw_series(axes: "axes_lib.Axes", series: Sequence[Series]) -> None:
+  """Draws the lines of `line_chart` into axes, and styles these."""
+  from matplotlib import ticker
+
+  faint, rule = PALETTE["faint"][0], PALETTE["rule"][0]
   axes.spines[:].set_visible(False)
   axes.grid(axis="y", color=rule, linewidth=1)
   axes.tick_params(left=False, bottom=False, labelsize=11, labelcolor=faint)
@@ -101,13 +116,6 @@ def line_chart(
     axes.set_ylim(low_high)
     for i, (_, at, values) in enumerate(series):
       _draw_line(axes, at, values, PALETTE[f"c{i % COLOURS}"][0])
-  if title:
-    axes.set_title(title, loc="left", fontsize=12, color=ink, parse_math=False)
-    if len(series) > 1:
-      lines = [line for line in axes.lines if line.get_alpha() is None]
-      for text in axes.legend(lines, [name for name, *_ in series]).get_texts():
-        text.set_parse_math(False)
-  return figure
 
 
 def notes(series: Sequence[Series]) -> list[str]:
@@ -227,43 +235,14 @@ def mask_pictures(
   )
 
 
-def pca_colours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Patch features as colours: their first three principal components.
-
-  The components are those of all patches of all images together, so that equal
-  colours mean similar features across images. Each is scaled from its 2nd to
-  its 98th percentile; its sign makes the largest loading positive.
-
-  Args:
-    features: [n, h, w, D], finite.
-
-  Returns:
-    uint8 [n, h, w, 3] and the three shares of the variance, float64 [3].
-
-  Raises:
-    ValueError: features is not [n, h, w, D], empty or not finite.
-  """
-  if features.ndim != 4 or not features.size:
-    raise ValueError(
-      f"PCA got features of shape {features.shape}; it needs [images, rows, "
-      "columns, features]."
-    )
-  flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
-  if not np.isfinite(flat).all():
-    raise ValueError("PCA got features that are not finite.")
-  flat = flat - flat.mean(axis=0)
-  variances, axes = np.linalg.eigh(flat.T @ flat)
-  variances, axes = np.maximum(variances[::-1][:3], 0), axes[:, ::-1][:, :3]
-  signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
-  components = flat @ (axes * signs)
-  low, high = np.percentile(components, [2, 98], axis=0)
-  colours = (components - low) / np.where(high > low, high - low, 1)
-  lacking = 3 - axes.shape[1]  # D below 3
-  colours = np.pad(np.clip(colours, 0, 1), ((0, 0), (0, lacking)))
-  total = np.square(flat).sum()
-  shares = np.pad(variances, (0, lacking)) / (total if total > 0 else 1)
-  colours = np.round(255 * colours).astype(np.uint8)
-  return colours.reshape(*features.shape[:3], 3), shares
+def covered(
+  ids: np.ndarray, valid: np.ndarray, grid: tuple[int, int]
+) -> np.ndarray:
+  """Bool [..., h, w]: the patches of ids [..., T] that are valid."""
+  count = grid[0] * grid[1]
+  cover = np.zeros((*ids.shape[:-1], count + 1), bool)
+  np.put_along_axis(cover, np.where(valid, ids, count), True, axis=-1)
+  return cover[..., :-1].reshape(*ids.shape[:-1], *grid)
 
 
 def _draw_line(axes, steps, values, colour):

@@ -3,12 +3,11 @@
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 from jepa_jax import config as config_lib
 from jepa_jax import models
 from jepa_jax.data import pipeline
-from jepa_jax.evaluation import encoders
+from jepa_jax.evaluation import encoders, figures
 
 
 def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
@@ -32,10 +31,12 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
     dataset = pipeline.train_dataset(config, program.batch_spec)
     batch = next(dataset.as_numpy_iterator())
     batch = {name: value[:count] for name, value in batch.items()}
-    context = _cover(batch["context_ids"], batch["context_valid"], grid)
+    context = figures.covered(
+      batch["context_ids"], batch["context_valid"], grid
+    )
     arrays["masks_image"] = batch["image"]
     arrays["masks_context"] = context.any(axis=1)
-    arrays["masks_targets"] = _cover(
+    arrays["masks_targets"] = figures.covered(
       batch["target_ids"], batch["target_valid"], grid
     )
   if "encoder" in program.objective.networks:
@@ -52,13 +53,3 @@ def pictures(program: Any, state: Any, count: int = 8) -> dict[str, Any]:
     arrays["features"] = found["trained"]
     arrays["features_random"] = found["random"]
   return arrays
-
-
-def _cover(
-  ids: np.ndarray, valid: np.ndarray, grid: tuple[int, int]
-) -> np.ndarray:
-  """Bool [..., h, w]: the patches of ids [..., T] that are valid."""
-  count = grid[0] * grid[1]
-  cover = np.zeros((*ids.shape[:-1], count + 1), bool)
-  np.put_along_axis(cover, np.where(valid, ids, count), True, axis=-1)
-  return cover[..., :-1].reshape(*ids.shape[:-1], *grid)

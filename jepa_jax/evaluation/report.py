@@ -26,7 +26,7 @@ from etils import epath
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax.evaluation import collapse, curves, figures
+from jepa_jax.evaluation import collapse, components, curves, figures
 from jepa_jax.evaluation import verdict as verdict_lib
 from jepa_jax.training import log
 
@@ -179,14 +179,15 @@ def _features(pictures, problem):
       notes.append(f"{name} is missing, so there is no comparison")
       continue
     try:
-      colours, shares = figures.pca_colours(pictures[name][:SHOWN])
+      vectors = pictures[name][:SHOWN]
+      basis = components.Basis.fit(vectors)
     except ValueError as error:
       notes.append(f"{name}: {error}")
       continue
-    columns.append((colours, words, True))
+    columns.append((basis.colours(vectors), words, True))
     if name == "features":
-      columns.append((colours, "its patches", False))
-    percents = " + ".join(f"{100 * share:.0f}" for share in shares)
+      columns.append((basis.colours(vectors), "its patches", False))
+    percents = " + ".join(f"{100 * share:.0f}" for share in basis.shares)
     notes.append(f"{words}: {percents} % of the variance shown")
   strips = [
     [

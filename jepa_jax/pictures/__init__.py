@@ -1,0 +1,12 @@
+"""Pictures of what a network has learned, as arrays and matplotlib figures.
+
+  patches     features, similarity and attention of patches, as arrays
+  drawings    figures of masks, features, similarity and attention
+  errors      how well blocks are predicted, against distance
+  embedding   a map of a data set, and nearest neighbours
+  training    curves of several runs; features over training, as a film
+  images      what is drawn: a folder, or a run's own data
+  layout      sheets of pictures with words, and files of them
+
+All but `images` work without TensorFlow.
+"""

@@ -1,0 +1,299 @@
+"""Draws what a network has learned.
+
+    python -m jepa_jax.visualize NAME --workdir DIR [--images FOLDER]
+    python -m jepa_jax.visualize NAME --weights PATH --images FOLDER
+    python -m jepa_jax.visualize runs DIR [DIR ...]
+
+NAME is one of
+
+    masks       what each masking strategy shows, and what it has predicted
+    pca         features as colours, of target encoder and context encoder
+    similarity  what is similar to a patch, in all images
+    attention   where the heads of a block look from a patch
+    errors      how well blocks are predicted, against distance to the context
+    map         the images where their features put them, on a plane
+    neighbours  images with those nearest by features and by pixels
+    runs        the curves of several runs on one page
+    film        features over the checkpoints of a run, as a GIF
+
+Images are those of --images, else of the run's own data that it was not trained
+on. The picture is written to --out, PNG or WebP by its ending (a film: GIF);
+NAME.png (film.gif) by default.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import sys
+from typing import Any
+
+from jepa_jax import command, keys, paths
+
+# Vectors a side that a map of features has at least, where patches allow it.
+_FINE_ENOUGH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """One row of the table of pictures.
+
+  Attributes:
+    draw: of a Source, a figure or the frames of a film.
+    images: how many, unless --count says so.
+    flags: those that it takes besides those of all.
+  """
+
+  draw: Callable[["Source"], Any]
+  images: int
+  flags: tuple[str, ...] = ()
+
+
+class Source:
+  """What is drawn: flags, and on demand the network and the images.
+
+  Args:
+    arguments: the parsed flags.
+    count: images.
+  """
+
+  def __init__(self, arguments: argparse.Namespace, count: int):
+    self.flags = arguments
+    self._count = count
+    self._model = self._images = None
+
+  @property
+  def run(self) -> Any:
+    """The workdir, or None."""
+    given = self.flags.workdir
+    return None if given is None else paths.local(given, "--workdir")
+
+  @property
+  def config(self) -> Any:
+    """That of the run, or None of weights."""
+    from jepa_jax import config as config_lib
+
+    if self.run is None:
+      return None
+    path = self.run / "config.json"
+    if not path.is_file():
+      raise ValueError(f"{self.run} holds no run: there is no {path}.")
+    return config_lib.read(path)
+
+  @property
+  def model(self) -> Any:
+    """The networks."""
+    if self._model is None:
+      from jepa_jax import pretrained
+
+      self._model = pretrained.load(
+        self.flags.weights or self.run, step=self.flags.step
+      )
+    return self._model
+
+  @property
+  def images(self) -> Any:
+    """uint8 [n, H, W, C]."""
+    if self._images is None:
+      self._images = self._read()
+    return self._images
+
+  @property
+  def fine(self) -> int:
+    """Vectors a side of a patch: --fine, or enough for a smooth map."""
+    size = self.model.module.patch_size
+    if self.flags.fine:
+      return self.flags.fine
+    grid = max(self.images.shape[1:3]) // size
+    enough = [f for f in (1, 2, 4) if size % f == 0]
+    return next((f for f in enough if f * grid >= _FINE_ENOUGH), enough[-1])
+
+  def _read(self):
+    from jepa_jax.pictures import images
+
+    config, split = self.config, self.flags.split
+    if self.flags.images is None and config is None:
+      raise ValueError("--weights have no images; give --images FOLDER.")
+    if self.flags.images is not None:
+      data = images.config_of_folder(
+        self.flags.images, self.model.preprocessing
+      )
+      split = split or "all"
+    else:
+      data = config.data
+      held_out = next(iter(config.evaluations.values()), None)
+      split = split or (held_out.test if held_out else data.split)
+    found, _ = images.of_data(data, split, self._count)
+    return found
+
+
+def _masks(source):
+  from jepa_jax.pictures import drawings
+
+  settings = dict(source.config.masks) if source.config else None
+  size = source.model.module.patch_size
+  return drawings.masks(source.images, size, settings, seed=source.flags.seed)
+
+
+def _pca(source):
+  from jepa_jax.pictures import drawings
+
+  return drawings.pca(
+    source.model, source.images, fine=source.fine,
+    foreground=source.flags.foreground,
+  )  # fmt: skip
+
+
+def _similarity(source):
+  from jepa_jax.pictures import drawings
+
+  return drawings.similarity(
+    source.model, source.images, at=source.flags.patch or (0.5, 0.5),
+    fine=source.fine,
+  )  # fmt: skip
+
+
+def _attention(source):
+  from jepa_jax.pictures import drawings
+
+  return drawings.attention(
+    source.model, source.images, at=source.flags.patch or (0.5, 0.5),
+    layer=-1 if source.flags.layer is None else source.flags.layer,
+  )  # fmt: skip
+
+
+def _errors(source):
+  from jepa_jax.pictures import errors
+
+  settings = dict(source.config.masks) if source.config else None
+  found = errors.errors(
+    source.model, source.images, settings, source.flags.seed
+  )
+  return errors.draw(source.images, found)
+
+
+def _map(source):
+  from jepa_jax.pictures import embedding
+
+  method = source.flags.method or "pca"
+  vectors = embedding.pooled(source.model, source.images)
+  places = embedding.coordinates(vectors, method, source.flags.seed)
+  return embedding.draw_map(source.images, places, method)
+
+
+def _neighbours(source):
+  from jepa_jax.pictures import embedding
+
+  vectors = embedding.pooled(source.model, source.images)
+  return embedding.draw_neighbours(source.images, vectors)
+
+
+def _runs(source):
+  from jepa_jax.pictures import training
+
+  return training.draw_runs(training.read(source.flags.run))
+
+
+def _film(source):
+  from jepa_jax.pictures import training
+
+  if source.run is None:
+    raise ValueError("a film is of the checkpoints of a run; give --workdir.")
+  return training.film(source.run, source.images, fine=source.fine)
+
+
+PICTURES = {
+  "masks": Picture(_masks, 3, ("seed",)),
+  "pca": Picture(_pca, 8, ("fine", "foreground")),
+  "similarity": Picture(_similarity, 7, ("fine", "patch")),
+  "attention": Picture(_attention, 6, ("layer", "patch")),
+  "errors": Picture(_errors, 256, ("seed",)),
+  "map": Picture(_map, 500, ("method", "seed")),
+  "neighbours": Picture(_neighbours, 500),
+  "runs": Picture(_runs, 0),
+  "film": Picture(_film, 6, ("fine",)),
+}
+_OWN = ("fine", "foreground", "layer", "method", "patch", "seed")
+
+
+def main(arguments: argparse.Namespace) -> int:
+  """The command."""
+  name = arguments.name
+  keys.choose("picture", name, PICTURES)
+  picture = PICTURES[name]
+  for flag in _OWN:
+    if getattr(arguments, flag) and flag not in picture.flags:
+      takers = [n for n, p in PICTURES.items() if flag in p.flags]
+      raise ValueError(f"--{flag} is of {', '.join(takers)}, not of {name}.")
+  given = (arguments.workdir is not None) + (arguments.weights is not None)
+  if name == "runs":
+    if given or not arguments.run:
+      raise ValueError("give the folders of runs: visualize runs DIR DIR.")
+  elif arguments.run or given != 1:
+    raise ValueError(
+      f"{name} needs --workdir of a run, or --weights and --images; one of "
+      "them."
+    )
+  from jepa_jax.pictures import layout
+
+  out = arguments.out or f"{name}.{'gif' if name == 'film' else 'png'}"
+  drawn = picture.draw(Source(arguments, arguments.count or picture.images))
+  layout.write(drawn, paths.local(out, "--out"))
+  print(f"picture: {out}", file=sys.stderr)
+  return 0
+
+
+if __name__ == "__main__":
+  flags = argparse.ArgumentParser(
+    prog="python -m jepa_jax.visualize",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add_argument("name", metavar="NAME", help="see above")
+  flags.add_argument("run", nargs="*", metavar="DIR", help="of runs")
+  flags.add_argument("--workdir", help="folder of a run")
+  flags.add_argument(
+    "--weights", metavar="PATH", help="in its place, what jepa_jax.load reads"
+  )
+  flags.add_argument(
+    "--step",
+    type=keys.flag(keys.whole(0, 2**31 - 1), "step"),
+    help="of the checkpoint; the newest by default",
+  )
+  flags.add_argument("--images", metavar="FOLDER", help="images to draw")
+  flags.add_argument("--split", help="of the images")
+  flags.add_argument(
+    "--count", type=keys.flag(keys.whole(1, 10**6), "count"), help="images"
+  )
+  flags.add_argument("--out", metavar="FILE", help="where the picture goes")
+  flags.add_argument(
+    "--seed",
+    type=keys.flag(keys.whole(0, 2**31 - 1), "seed"),
+    default=0,
+    help="of masks, errors and maps",
+  )
+  flags.add_argument(
+    "--fine",
+    type=keys.flag(keys.whole(1, 1000), "fine"),
+    help="vectors along a side of a patch, for a finer map of features; the "
+    "images are encoded FINE x FINE times. By default up to 4",
+  )
+  flags.add_argument(
+    "--foreground",
+    action="store_true",
+    help="of pca: colour what is not background alone",
+  )
+  flags.add_argument(
+    "--patch",
+    nargs=2,
+    type=keys.flag(keys.number(0, 1), "patch"),
+    metavar=("ROW", "COLUMN"),
+    help="of similarity and attention: shares of the image's sides; 0.5 0.5 is "
+    "the middle",
+  )
+  flags.add_argument(
+    "--layer",
+    type=int,
+    help="of attention: the block, 0 the first, -1 the last",
+  )
+  flags.add_argument("--method", help="of map: pca, tsne or umap")
+  command.run(main, flags)
