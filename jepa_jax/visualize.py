@@ -24,6 +24,7 @@ NAME.png (film.gif) by default.
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -218,10 +219,12 @@ _OWN = ("fine", "foreground", "layer", "method", "patch", "seed")
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   name = arguments.name
-  keys.choose("picture", name, PICTURES)
   picture = PICTURES[name]
   for flag in _OWN:
-    if getattr(arguments, flag) and flag not in picture.flags:
+    if (
+      getattr(arguments, flag) not in (None, False, 0)
+      and flag not in picture.flags
+    ):
       takers = [n for n, p in PICTURES.items() if flag in p.flags]
       raise ValueError(f"--{flag} is of {', '.join(takers)}, not of {name}.")
   given = (arguments.workdir is not None) + (arguments.weights is not None)
@@ -235,9 +238,13 @@ def main(arguments: argparse.Namespace) -> int:
     )
   from jepa_jax.pictures import layout
 
-  out = arguments.out or f"{name}.{'gif' if name == 'film' else 'png'}"
+  film = name == "film"
+  out = arguments.out or f"{name}.{'gif' if film else 'png'}"
+  path = paths.local(out, "--out")
+  layout.check_path(path, film)
   drawn = picture.draw(Source(arguments, arguments.count or picture.images))
-  layout.write(drawn, paths.local(out, "--out"))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  layout.write(drawn, path)
   print(f"picture: {out}", file=sys.stderr)
   return 0
 
@@ -248,32 +255,30 @@ if __name__ == "__main__":
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument("name", metavar="NAME", help="see above")
-  flags.add_argument("run", nargs="*", metavar="DIR", help="of runs")
-  flags.add_argument("--workdir", help="folder of a run")
-  flags.add_argument(
-    "--weights", metavar="PATH", help="in its place, what jepa_jax.load reads"
+  add = functools.partial(keys.add_flag, flags)
+  add("name", keys.Choice(tuple(PICTURES)), metavar="NAME", help="see above")
+  add("run", keys.FOLDER, nargs="*", metavar="DIR", help="of runs")
+  add("--workdir", keys.FOLDER, help="folder of a run")
+  add(
+    "--weights",
+    keys.PATH,
+    metavar="PATH",
+    help="in its place, what jepa_jax.load reads",
   )
-  flags.add_argument(
-    "--step",
-    type=keys.flag(keys.whole(0, 2**31 - 1), "step"),
-    help="of the checkpoint; the newest by default",
-  )
-  flags.add_argument("--images", metavar="FOLDER", help="images to draw")
-  flags.add_argument("--split", help="of the images")
-  flags.add_argument(
-    "--count", type=keys.flag(keys.whole(1, 10**6), "count"), help="images"
-  )
-  flags.add_argument("--out", metavar="FILE", help="where the picture goes")
-  flags.add_argument(
+  add("--step", keys.STEP, help="of the checkpoint; the newest by default")
+  add("--images", keys.FOLDER, metavar="FOLDER", help="images to draw")
+  add("--split", keys.Text("a split", False), help="of the images")
+  add("--count", keys.whole(1, 10**6), help="images")
+  add("--out", keys.PATH, metavar="FILE", help="where the picture goes")
+  add(
     "--seed",
-    type=keys.flag(keys.whole(0, 2**31 - 1), "seed"),
+    keys.whole(0, 2**32 - 1),
     default=0,
     help="of masks, errors and maps",
   )
-  flags.add_argument(
+  add(
     "--fine",
-    type=keys.flag(keys.whole(1, 1000), "fine"),
+    keys.whole(1, 1000),
     help="vectors along a side of a patch, for a finer map of features; the "
     "images are encoded FINE x FINE times. By default up to 4",
   )
@@ -282,18 +287,22 @@ if __name__ == "__main__":
     action="store_true",
     help="of pca: colour what is not background alone",
   )
-  flags.add_argument(
+  add(
     "--patch",
+    keys.number(0, 1),
     nargs=2,
-    type=keys.flag(keys.number(0, 1), "patch"),
     metavar=("ROW", "COLUMN"),
     help="of similarity and attention: shares of the image's sides; 0.5 0.5 is "
     "the middle",
   )
-  flags.add_argument(
+  add(
     "--layer",
-    type=int,
+    keys.whole(-1000, 1000),
     help="of attention: the block, 0 the first, -1 the last",
   )
-  flags.add_argument("--method", help="of map: pca, tsne or umap")
-  command.run(main, flags)
+  add(
+    "--method",
+    keys.Choice(("pca", "tsne", "umap")),
+    help="of map: pca by default",
+  )
+  command.run(main, flags, needs={"--step": "--workdir"})

@@ -230,7 +230,11 @@ def test_a_sheet_has_its_panels_and_files_are_whole(tmp_path):
   layout.write(figure, tmp_path / "a.webp")
   film = Image.open(io.BytesIO((tmp_path / "a.gif").read_bytes()))
   assert film.n_frames == 3 and film.size == (8, 6)
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.png", "a.webp"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "a.gif",
+    "a.png",
+    "a.webp",
+  ]
   for drawn, name in ((figure, "a.gif"), (frames, "a.png"), (figure, "a")):
     with pytest.raises(ValueError, match="this picture is written as"):
       layout.write(drawn, tmp_path / name)
@@ -261,7 +265,7 @@ def test_curves_of_runs_share_a_page(tmp_path):
 @pytest.mark.parametrize(
   "flags, words",
   [
-    ({"name": "pac"}, 'unknown picture "pac".*did you mean "pca"'),
+    ({"name": "film", "workdir": "a", "out": "a.png"}, "written as .gif"),
     ({"name": "pca"}, "pca needs --workdir of a run, or --weights"),
     ({"name": "pca", "workdir": "a", "weights": "b"}, "one of them"),
     ({"name": "runs"}, "give the folders of runs"),
@@ -271,7 +275,8 @@ def test_curves_of_runs_share_a_page(tmp_path):
     ({"name": "film", "weights": "a.npz"}, "give --workdir"),
   ],
 )
-def test_the_command_refuses(flags, words):
+def test_the_command_refuses(flags, words, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   every = dict.fromkeys(
     ("workdir", "weights", "step", "images", "split", "count", "out", "fine",
      "patch", "layer", "method")

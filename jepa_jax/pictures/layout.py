@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import dataclasses
 import io
 import os
+import pathlib
 import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from jepa_jax import paths
 from jepa_jax.evaluation import figures
 from jepa_jax.training import log
 
@@ -180,7 +182,7 @@ def pixels(figure: "figure_lib.Figure") -> np.ndarray:
 def gif(frames: Sequence[np.ndarray], seconds: float = 0.4) -> bytes:
   """A film of uint8 [H, W, 3] that repeats; its last frame stays longer."""
   images = [
-    Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE)
+    Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE)
     for frame in frames
   ]
   durations = [round(1000 * seconds)] * len(images)
@@ -193,6 +195,22 @@ def gif(frames: Sequence[np.ndarray], seconds: float = 0.4) -> bytes:
   return file.getvalue()
 
 
+def check_path(path: pathlib.Path, film: bool) -> str:
+  """Pillow's name of the format of a path.
+
+  Raises:
+    ValueError: a figure or a film is not written so, or not there.
+  """
+  kinds = {".gif": "GIF"} if film else {".png": "PNG", ".webp": "WEBP"}
+  if path.suffix.lower() not in kinds:
+    raise ValueError(
+      f'{path} ends in "{path.suffix}"; this picture is written as '
+      f"{' or '.join(kinds)}."
+    )
+  paths.check_writable(path)
+  return kinds[path.suffix.lower()]
+
+
 def write(
   drawn: "figure_lib.Figure | Sequence[np.ndarray]",
   path: str | os.PathLike[str],
@@ -200,22 +218,15 @@ def write(
   """Writes a figure as PNG or WebP, or frames as a GIF, whole or not at all.
 
   Raises:
-    ValueError: the path ends otherwise.
+    ValueError: see check_path.
   """
   film = isinstance(drawn, Sequence)
-  ending = os.path.splitext(os.fspath(path))[1].lower()
-  kinds = {".gif": "GIF"} if film else {".png": "PNG", ".webp": "WEBP"}
-  if ending not in kinds:
-    raise ValueError(
-      f"{path} ends in {ending or 'nothing'}; this picture is written as "
-      f"{' or '.join(kinds)}."
-    )
+  kind = check_path(pathlib.Path(path), film)
   if film:
     data = gif(drawn)
   else:
     file = io.BytesIO()
-    image = Image.fromarray(pixels(drawn))
-    image.save(file, kinds[ending], optimize=True, quality=85)
+    Image.fromarray(pixels(drawn)).save(file, kind, optimize=True, quality=85)
     data = file.getvalue()
   log.write_whole(path, data)
 
