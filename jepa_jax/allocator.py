@@ -20,9 +20,13 @@ _TUNABLES = ":".join(
   )
 )
 
+_NEW = "JEPA_JAX_STARTED_ANEW"  # tells the new process that it is one
+
 
 def set_for_training() -> None:
-  """Starts this process anew with the settings; says so on standard error.
+  """Starts this process anew with the settings, see `say`.
+
+  To be called before anything takes long, or is said, for it comes twice.
 
   glibc reads its settings before Python starts. Nothing is done on other
   systems than Linux, where an accelerator is found, or where the environment
@@ -34,12 +38,17 @@ def set_for_training() -> None:
   on_cpu = platforms == "cpu" or not (platforms or accelerators)
   if not on_cpu or sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
     return
-  print(
-    f"started anew with GLIBC_TUNABLES={_TUNABLES}, so that a step on the CPU "
-    "finds its memory where the last one left it; set GLIBC_TUNABLES, to "
-    "nothing or other settings, to have it otherwise",
-    file=sys.stderr,
-    flush=True,
-  )
-  os.environ["GLIBC_TUNABLES"] = _TUNABLES
+  os.environ["GLIBC_TUNABLES"] = os.environ[_NEW] = _TUNABLES
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def say() -> None:
+  """Says on standard error that this process was started anew, if it was."""
+  if settings := os.environ.pop(_NEW, None):
+    print(
+      f"started anew with GLIBC_TUNABLES={settings}, so that a step on the CPU "
+      "finds its memory where the last one left it; set GLIBC_TUNABLES, to "
+      "nothing or other settings, to have it otherwise",
+      file=sys.stderr,
+      flush=True,
+    )

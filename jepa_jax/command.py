@@ -23,6 +23,10 @@ from jepa_jax import allocator, keys, known_keys, launch
 from jepa_jax import config as config_lib
 from jepa_jax.training import distributed
 
+# TensorFlow and XLA tell their errors alone, unless told otherwise; what else
+# they say cuts through progress bars. Read when they are imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 EXIT_BAD_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 
@@ -54,12 +58,13 @@ def run(
       known = [o for a in parser._actions for o in a.option_strings]
       raise keys.unknown("flag", (unknown or overrides)[0], known)
     _check_needs(arguments, parser, needs or {})
+    if tune_allocator:
+      allocator.set_for_training()
     if hasattr(arguments, "config"):
       arguments.config_file, arguments.overrides = arguments.config, overrides
       if arguments.config is not None:
         arguments.config = load_config(arguments.config, overrides)
-    if tune_allocator:
-      allocator.set_for_training()
+    allocator.say()
     if getattr(arguments, "processes", 1) != 1:
       sys.exit(launch.processes(arguments))
     if hasattr(arguments, "coordinator"):

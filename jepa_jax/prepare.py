@@ -17,7 +17,6 @@ import types
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 import tqdm
 
 from jepa_jax import command, config_table, keys
@@ -98,6 +97,8 @@ def download(name: str, data_dir: str) -> None:
   Raises:
     ValueError: unknown, or its files must be fetched by hand first.
   """
+  import tensorflow_datasets as tfds
+
   kwargs = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
   try:
     builder = tfds.builder(name, **kwargs)

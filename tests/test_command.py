@@ -17,6 +17,7 @@ def main(flags):
 
 parser = argparse.ArgumentParser()
 parser.add_argument("name")
+parser.add_argument("--config")
 command.run(main, parser, tune_allocator=sys.argv[-1] != "plain")
 """
 
@@ -47,6 +48,15 @@ def test_a_process_started_anew_says_so_once(run):
   assert done.stdout.splitlines() == [f"parent {settings}", f"child {settings}"]
   assert done.stderr.count("\n") == 1
   assert f"started anew with GLIBC_TUNABLES={settings}," in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_process_is_started_anew_before_it_loads_anything(run, tmp_path):
+  path = tmp_path / "experiment.py"
+  path.write_text(
+    "from jepa_jax.config import defaults as get_config\nprint('loaded')\n"
+  )
+  assert run("child", "--config", str(path)).stdout.count("loaded") == 1
 
 
 @pytest.mark.parametrize(

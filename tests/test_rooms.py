@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 
@@ -127,6 +128,17 @@ def loaded_by(statement):
 def test_import_loads_neither_tensorflow_nor_torch(module):
   loaded = loaded_by(f"import {module}")
   assert not loaded & {"tensorflow", "torch"}
+
+
+def test_notes_of_tensorflow_are_held_back_and_all_else_is_not(capfd):
+  from jepa_jax import data
+
+  with pytest.raises(ImportError), data._without_notes():
+    os.write(2, b"WARNING: All log messages before absl::Init\nI0000 00:00 x\n")
+    os.write(2, b"W0000 00:00 a warning\n")
+    raise ImportError
+  os.write(2, b"after\n")
+  assert capfd.readouterr().err == "W0000 00:00 a warning\nafter\n"
 
 
 def test_tensorflow_sees_no_accelerator():

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from jepa_jax.data import pixels, sources
 
+_SAID: set[str] = set()  # lines, of training and of every evaluation
+
 
 class Unreadable:
   """Counts and names the images that a pipeline had to skip.
@@ -33,11 +35,18 @@ class Unreadable:
     self._fatal = f"none of the {count} images of a batch could be read: {name}"
 
   def news(self) -> list[str]:
-    """As `check`; a line for every image added since the last call."""
+    """As `check`; then as `unsaid`."""
     self.check()
+    return self.unsaid()
+
+  def unsaid(self) -> list[str]:
+    """A line for every image of which this process has told none before."""
     new = list(self.reasons.items())[self._told :]
     self._told += len(new)
-    return [f"skipped unreadable image {name}: {why}" for name, why in new]
+    lines = [f"skipped unreadable image {name}: {why}" for name, why in new]
+    lines = [line for line in lines if line not in _SAID]
+    _SAID.update(lines)
+    return lines
 
   def __len__(self) -> int:
     return len(self._reasons)

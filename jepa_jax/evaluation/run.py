@@ -257,8 +257,8 @@ def _features(config, mesh, encode, data, split, wanted, names, check):
     progress=not jax.process_index(),
     check=check,
   )
-  for name, why in list(unreadable.reasons.items())[:NAMED]:
-    print(f"skipped unreadable image {name}: {why}", file=sys.stderr)
+  for line in unreadable.unsaid()[:NAMED]:
+    print(line, file=sys.stderr)
   missing = total - len(next(iter(found["features"].values())))
   if missing and not jax.process_index():
     print(
