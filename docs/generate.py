@@ -45,6 +45,8 @@ MODULES = (
   "jepa_jax.evaluation.protocols.protocol",
   "jepa_jax.evaluation.protocols.linear",
   "jepa_jax.evaluation.protocols.linear_grid",
+  "jepa_jax.evaluation.protocols.attentive",
+  "jepa_jax.evaluation.protocols.dense",
   "jepa_jax.evaluation.protocols.knn",
   "jepa_jax.evaluation.protocols.ridge",
   "jepa_jax.train",

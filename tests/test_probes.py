@@ -35,6 +35,29 @@ def blobs(count, width, classes, spread, seed=0, labels=None):
   return {"features": features, "labels": values[targets]}
 
 
+def patches(count, seed, kind):
+  """Features of 2 x 3 patches that say their own number, and labels of it."""
+  random = np.random.default_rng(seed)
+  number = random.integers(0, 3, (count, 2, 3))
+  features = np.eye(3)[number] + 0.05 * random.normal(size=(count, 2, 3, 3))
+  maps = np.repeat(np.repeat(number, 4, axis=1), 4, axis=2)  # [n, 8, 12]
+  labels = {
+    "mask": 5 * maps,
+    "dense": 1.0
+    + maps[..., None]
+    + 0.1 * random.normal(size=(count, 8, 12, 1)),
+    "class": number[:, 0, 0],
+  }[kind]
+  features = features.reshape(count, 6, 3).astype(np.float16)
+  if kind == "class":  # the patch that tells is marked, wherever it is
+    marks = np.zeros((count, 6, 1), np.float16)
+    marks[:, 0] = 3
+    features = np.concatenate([features, marks], axis=-1)
+    shift = np.argsort(random.random((count, 6)), axis=1)
+    features = np.take_along_axis(features, shift[..., None], axis=1)
+  return {"features": features, "labels": labels, "grid": (2, 3)}
+
+
 @classifies
 def test_separable_classes_are_told_apart(row):
   train = blobs(211, 13, 3, 0.1, seed=1, labels=[4, -2, 90])
@@ -487,15 +510,21 @@ def test_rows_say_what_their_protocols_return(row):
     "classes": tagged,
     "number": numbers,
     "none": lambda n, seed: {"features": blobs(n, 5, 3, 1.0, seed)["features"]},
+    "dense": lambda n, seed: patches(n, seed, "dense"),
+    "mask": lambda n, seed: patches(n, seed, "mask"),
   }[row.label]
+  if row.patches and row.label == "class":
+    make = lambda n, seed: patches(n, seed, "class")
+  kind = protocols.PATCHES if row.patches else "last"
   (said,) = protocols.table(
     "x",
-    {("trained", "last"): (make(90, 1), make(40, 2))},
+    {("trained", kind): (make(90, 1), make(40, 2))},
     [row],
     progress=False,
   )
   assert said["score"] == row.score and np.isfinite(said[said["score"]])
-  assert row.label == "none" or said["standard_error"] > 0
+  known = row.label == "none" or row.patches  # or all of them are right
+  assert known or said["standard_error"] > 0
   assert (said["protocol"], said["title"]) == (row.name, row.title)
   assert json.loads(json.dumps(said)) == said
 

@@ -117,7 +117,7 @@ def function(
     derived = {
       name: of
       for name, of in scenes.LABELS.items()
-      if ("depth" if name == "depth" else "objects") in features
+      if all(x in features for x in scenes.NEEDS[name])
     }
     if label not in derived and label not in features:
       known = sorted(set(features) | set(derived)) or ["none"]

@@ -16,6 +16,7 @@ import dataclasses
 import os
 import typing
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -82,13 +83,62 @@ def depth(example: dict) -> tf.Tensor:
   return tf.cast(example["depth"], tf.float32) * examples.DEPTH_UNIT
 
 
+def shapes(example: dict) -> tf.Tensor:
+  """What is seen in each pixel: the floor, or a solid of which shape.
+
+  Follows from depth: what is nearer than the floor of that pixel is of the
+  solid whose centre is nearest to it, in radii.
+
+  Args:
+    example: as for `depth`.
+
+  Returns:
+    int32 [H, W]: 0 for floor and backdrop, else 1 + the number of a shape of
+    world.SHAPES.
+  """
+  seen = depth(example)  # [H, W, 1]
+  size = example["depth"].shape[0] or tf.shape(example["depth"])[0]
+  rays, floor = tf.numpy_function(
+    _rays_and_floor, [size], (tf.float32, tf.float32), stateful=False
+  )
+  points = tf.constant(world.CAMERA, tf.float32) + seen * rays  # [H, W, 3]
+  objects = example["objects"]
+  radii = tf.gather(
+    tf.constant(list(world.SIZES.values()), tf.float32), objects["size"]
+  )
+  away = tf.norm(points[..., None, :] - objects["3d_coords"], axis=-1) / radii
+  owner = tf.gather(objects["shape"], tf.argmin(away, axis=-1))
+  solid = seen[..., 0] < floor - 4 * examples.DEPTH_UNIT
+  return tf.where(solid, 1 + tf.cast(owner, tf.int32), 0)
+
+
+def _rays_and_floor(size):
+  """Directions [H, W, 3] of pixels, and the depth of the floor in each."""
+  rays = np.moveaxis(world.camera_rays(2 * int(size)), 0, -1)
+  down = np.maximum(-rays[..., 2], 1e-6)
+  floor = np.minimum(world.CAMERA[2] / down, 32)
+  corners = lambda x: np.stack([x[i::2, j::2] for i in (0, 1) for j in (0, 1)])
+  # As depth is that of the nearest of a pixel's four rays.
+  return (
+    np.float32(corners(rays).mean(axis=0)),
+    np.float32(corners(floor).min(axis=0)),
+  )
+
+
 # Each takes one un-batched example. `count` and `distance` are classes,
-# `nearest` is a number and `depth` a map.
+# `nearest` is a number, `depth` and `shapes` are maps.
 LABELS: dict[str, collections.abc.Callable[[dict], tf.Tensor]] = {
   "count": count,
   "distance": distance,
   "nearest": nearest,
   "depth": depth,
+  "shapes": shapes,
+}
+# The features that each of them needs.
+NEEDS: dict[str, tuple[str, ...]] = {
+  **dict.fromkeys(LABELS, ("objects",)),
+  "depth": ("depth",),
+  "shapes": ("objects", "depth"),
 }
 NUM_CLASSES = {
   "count": world.MAX_OBJECTS - world.MIN_OBJECTS + 1,

@@ -5,10 +5,12 @@ architecture with random parameters; "pixels" the image itself.
 """
 
 from collections.abc import Callable, Collection
+import functools
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from jepa_jax import models
 from jepa_jax.evaluation import features
@@ -30,7 +32,11 @@ def columns(kind: str, width: int) -> slice:
 
 
 def pooled(
-  program: Any, state: Any, baselines: Collection[str], layers: int
+  program: Any,
+  state: Any,
+  baselines: Collection[str],
+  layers: int,
+  with_patches: bool = False,
 ) -> dict[str, Callable[[Any], Any]]:
   """Functions from a process's uint8 images to features [B, D].
 
@@ -39,6 +45,7 @@ def pooled(
     state: its TrainState.
     baselines: which of BASELINES stand beside the trained encoder.
     layers: how many of the last ones; their features follow one another.
+    with_patches: whether each encoder is there twice, see of_patches.
 
   Returns:
     Name of the encoder -> function, "trained" first.
@@ -47,21 +54,43 @@ def pooled(
   split = sharding.batch_sharding(program.mesh)
   network = program.objective.networks["encoder"]
 
-  @jax.jit
-  def encode(params, images):
+  @functools.partial(jax.jit, static_argnums=2)
+  def encode(params, images, pool):
     images = models.normalize_images(images, data.mean, data.std)
+    if not pool:
+      return network.apply({"params": params}, images).astype("float16")
     x = network.apply({"params": params}, images, layers=layers)
     return x.astype("float32").mean(axis=1)
 
-  def encode_with(params):
+  def encode_with(params, pool):
     put = jax.make_array_from_process_local_data
-    return lambda images: encode(params, put(split, images))
+    return lambda images: encode(params, put(split, images), pool)
 
-  found = {"trained": encode_with(state.network("encoder"))}
+  networks = {"trained": state.network("encoder")}
   if "random" in baselines:
-    found["random"] = encode_with(random_params(program))
+    networks["random"] = random_params(program)
+  found = {name: encode_with(x, True) for name, x in networks.items()}
+  if with_patches:
+    found |= {
+      of_patches(name): encode_with(x, False) for name, x in networks.items()
+    }
   if "pixels" in baselines:
-    found["pixels"] = features.raw_pixels
+    found |= pixels(network.patch_size, with_patches)
+  return found
+
+
+def of_patches(name: str) -> str:
+  """What the encoder that gives [B, N, D] of the last layer is called."""
+  return name + features.OF_PATCHES
+
+
+def pixels(patch_size: int, with_patches: bool) -> dict[str, Callable]:
+  """The baseline of raw pixels, and that of each patch's."""
+  found = {"pixels": features.raw_pixels}
+  if with_patches:
+    found[of_patches("pixels")] = lambda images: models.patchify(
+      np.float16(images / 255), patch_size
+    )
   return found
 
 

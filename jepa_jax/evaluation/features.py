@@ -13,6 +13,7 @@ from jepa_jax.evaluation import progress as progress_lib
 SMALL = 28  # images up to this size enter the pixel baseline as they are
 STATISTICS_CHUNK = 2**22  # numbers
 REDUCED = 16  # larger ones are reduced to at most this size
+OF_PATCHES = " patches"  # end of the name of an encoder that does not average
 
 
 def extract(
@@ -31,9 +32,10 @@ def extract(
   one batch, the host reads the next. The features are held once on the host.
 
   Args:
-    encoders: name -> uint8 [B, H, W, C] -> [B, D], any float type. For the
-      reported numbers: the target encoder's patches, averaged. All batches have
-      one shape, so a jitted encoder compiles once.
+    encoders: name -> uint8 [B, H, W, C] -> [B, D], any float type; [B, N, D]
+      where the name ends with OF_PATCHES. For the reported numbers: the target
+      encoder's patches, averaged. All batches have one shape, so a jitted
+      encoder compiles once.
     dataset: batches {"image": uint8 [B, H, W, C], "labels": {name: [B, ...]},
       "valid": bool [B]} as arrays, or a tf.data.Dataset of them. Rows that are
       not valid (padding of the last batch) are dropped; no "valid" keeps all.
@@ -45,8 +47,8 @@ def extract(
     check: called after each batch; may raise to end it all.
 
   Returns:
-    {"features": {encoder: float32 [n, D]}, "labels": {name: [n, ...]}} on the
-    host.
+    {"features": {encoder: float32 [n, D], or float16 [n, N, D]}, "labels":
+    {name: [n, ...]}} on the host.
 
   Raises:
     ValueError: the data set is empty, an encoder returns anything but [B, D],
@@ -65,9 +67,7 @@ def extract(
     valid = np.asarray(gather(batch.get("valid", np.ones(count, bool))), bool)
     bar.update(
       rows.add(
-        {
-          name: np.asarray(gather(x), np.float32) for name, x in encoded.items()
-        },
+        {name: _floats(gather(x)) for name, x in encoded.items()},
         {name: gather(x) for name, x in batch.get("labels", {}).items()},
         valid,
       )
@@ -97,8 +97,9 @@ class _Rows:
 
   def add(self, features, labels, valid):
     """Adds a batch; returns how many of its images are valid."""
-    for encoded in features.values():
-      if encoded.ndim != 2 or len(encoded) != len(valid):
+    for name, encoded in features.items():
+      rank = 3 if name.endswith(OF_PATCHES) else 2
+      if encoded.ndim != rank or len(encoded) != len(valid):
         raise ValueError(
           f"encode returned shape {encoded.shape} for {len(valid)} images; it "
           f"needs [{len(valid)}, features]: average over the patches."
@@ -115,7 +116,7 @@ class _Rows:
           self._arrays[kind][name] = np.empty(shape, value.dtype)
         self._arrays[kind][name][self._count : end] = value[valid]
     for encoded in features.values():
-      finite = np.isfinite(encoded[valid]).all(axis=1)
+      finite = np.isfinite(encoded[valid]).reshape(valid.sum(), -1).all(axis=1)
       self._bad[self._count : end] |= ~finite
     added, self._count = end - self._count, end
     return added
@@ -138,6 +139,12 @@ class _Rows:
     }
 
 
+def _floats(encoded):
+  """Features as they are kept: those of patches in half the room."""
+  encoded = np.asarray(encoded)
+  return encoded.astype(np.float32 if encoded.ndim == 2 else np.float16)
+
+
 def raw_pixels(images: np.ndarray) -> np.ndarray:
   """Pixels as features: the baseline that any encoder should beat. An `encode`.
 
@@ -153,13 +160,13 @@ def raw_pixels(images: np.ndarray) -> np.ndarray:
   pixels = np.asarray(images, np.float32) / 255
   height, width = pixels.shape[1:3]
   if max(height, width) > SMALL:
-    rows = _area_weights(height, min(height, REDUCED))  # [h, H]
-    columns = _area_weights(width, min(width, REDUCED))  # [w, W]
+    rows = area_weights(height, min(height, REDUCED))  # [h, H]
+    columns = area_weights(width, min(width, REDUCED))  # [w, W]
     pixels = np.einsum("hH,bHWc,wW->bhwc", rows, pixels, columns, optimize=True)
   return pixels.reshape(len(pixels), -1)
 
 
-def _area_weights(size: int, reduced: int) -> np.ndarray:
+def area_weights(size: int, reduced: int) -> np.ndarray:
   """float32 [reduced, size]: the share of each pixel in each larger pixel."""
   edges = np.arange(reduced + 1) * (size / reduced)
   pixels = np.arange(size)

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax import objectives
+from jepa_jax import models, objectives
 from jepa_jax.data import labels, pipeline, sources
 from jepa_jax.data import unreadable as unreadable_lib
 from jepa_jax.evaluation import encoders, features, label_checks, protocols
@@ -39,7 +39,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name, settings in config.evaluations.items():
     for protocol in settings.protocols:
       row = protocols.find(protocol, f"protocol of evaluation {name}")
-      scored += [f"{name}/{row.name}/{kind}" for kind in settings.features]
+      kinds = (protocols.PATCHES,) if row.patches else settings.features
+      scored += [f"{name}/{row.name}/{kind}" for kind in kinds]
     for kind in settings.features:
       config_lib.choose(
         f"features of evaluation {name}", kind, tuple(encoders.LAYERS)
@@ -150,10 +151,17 @@ def evaluate(
     state,
     {baseline for x in chosen for baseline in x.baselines},
     most_layers(chosen),
+    any(map(reads_patches, chosen)),
   )
   width = program.objective.networks["encoder"].width
-  widths = dict.fromkeys(encode, width)
+  names_of = [x for x in encode if not x.endswith(features.OF_PATCHES)]
+  widths = dict.fromkeys(names_of, width)
   return compare(config, program.mesh, encode, widths, names, check=check)
+
+
+def reads_patches(settings: ml_collections.ConfigDict) -> bool:
+  """Whether an evaluation has a protocol of patches' features."""
+  return any(protocols.find(x).patches for x in settings.protocols)
 
 
 def most_layers(chosen: Sequence[ml_collections.ConfigDict]) -> int:
@@ -179,7 +187,7 @@ def compare(
     mesh: over whose devices batches are spread.
     encode: name of an encoder -> function, see encoders.pooled. Names but
       encoders.BASELINES are in every evaluation, those where it says so.
-    widths: features a layer, by the name of the encoder.
+    widths: features a layer, by the name of the encoder; of no patches'.
     names: which of config.evaluations.
     check: called between batches and between probes; may raise to end it all.
 
@@ -216,7 +224,7 @@ def _on_one_data_set(config, mesh, encode, widths, members, check):
   tables = {
     name: protocols.table(
       name,
-      _examples(settings, found, widths),
+      _examples(config, settings, found, widths),
       [protocols.find(protocol) for protocol in settings.protocols],
       names=names.get(settings.label),
       seed=config.seed,
@@ -269,25 +277,35 @@ def _features(config, mesh, encode, data, split, wanted, names, check):
   return {**found, "skipped": missing}
 
 
-def _examples(settings, found, widths):
+def _examples(config, settings, found, widths):
   """{(encoder, kind of features): (train, test)} of an evaluation."""
 
   def side(split, encoder, kind):
+    all_features = found[split]["features"]
     columns = encoders.columns(kind, widths[encoder])
-    side = {"features": found[split]["features"][encoder][:, columns]}
-    if kind != "pixels":
+    side = {"features": all_features[encoder][:, columns]}
+    if kind == protocols.PATCHES:
+      data = config_lib.evaluation_data(config, settings)
+      size = models.height_and_width(data.image_size)
+      side["features"] = all_features[encoders.of_patches(encoder)]
+      side["grid"] = models.patch_grid(*size, config.encoder.patch_size)
+    elif kind != "pixels":
       side["width"] = widths[encoder]
     if label_checks.names(settings):
       side["labels"] = found[split]["labels"][settings.label]
     return side
 
   main = [name for name in widths if name not in encoders.BASELINES]
+  more = (protocols.PATCHES,) if reads_patches(settings) else ()
   return {
     (encoder, kind): tuple(
       side(split, encoder, kind) for split in (settings.train, settings.test)
     )
     for encoder in (*main, *settings.baselines)
-    for kind in (("pixels",) if encoder == "pixels" else settings.features)
+    for kind in (
+      *(("pixels",) if encoder == "pixels" else settings.features),
+      *more,
+    )
   }
 
 

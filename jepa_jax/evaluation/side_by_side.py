@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax.evaluation import encoders, features
+from jepa_jax.evaluation import encoders
 from jepa_jax.evaluation import run as run_lib
 
 
@@ -68,8 +68,25 @@ def evaluate(
     for name, of in models.items()
   }
   widths = {name: of.module.width for name, of in models.items()}
+  with_patches = any(map(run_lib.reads_patches, settings))
+  if with_patches:
+    sizes = {of.module.patch_size for of in models.values()}
+    if len(sizes) > 1:
+      raise ValueError(
+        f"the encoders have patches of {sorted(sizes)} pixels; protocols of "
+        "patches compare those of one size: evaluate the others apart."
+      )
+    with config.unlocked():
+      config.encoder.patch_size = sizes.pop()
+    encode |= {
+      encoders.of_patches(name): lambda images, of=of: np.asarray(
+        of.encode(images, pool=None).reshape(len(images), -1, of.module.width)
+      )
+      for name, of in models.items()
+    }
   if "pixels" in baselines:
-    encode["pixels"], widths["pixels"] = features.raw_pixels, 0
+    encode |= encoders.pixels(config.encoder.patch_size, with_patches)
+    widths["pixels"] = 0
   return run_lib.compare(config, mesh, encode, widths, chosen, check=check)
 
 

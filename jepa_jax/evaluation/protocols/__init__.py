@@ -18,6 +18,8 @@ from typing import Any
 
 from jepa_jax.evaluation import progress as progress_lib
 from jepa_jax.evaluation.protocols import (
+  attentive,
+  dense,
   health,
   knn,
   knn_grid,
@@ -29,6 +31,7 @@ from jepa_jax.evaluation.protocols import (
   ridge,
 )
 
+PATCHES = "patches"  # the kind of features of protocols that take them
 PROTOCOLS: dict[str, protocol.Protocol] = {
   row.name: row
   for row in (
@@ -39,6 +42,8 @@ PROTOCOLS: dict[str, protocol.Protocol] = {
     knn_grid.ROW,
     health.ROW,
     *linear_grid.ROWS,
+    attentive.ROW,
+    *dense.ROWS,
     *low_shot.ROWS,
   )  # fmt: skip
 }
@@ -93,7 +98,7 @@ def table(
   Args:
     evaluation: what the labels are, e.g. "count"; goes into every row.
     encoders: {(encoder, features): (train, test)}, where encoder is "trained",
-      "random" or "pixels" and features is "last", "last4" or "pixels".
+      "random" or "pixels" and features is "last", "last4", "pixels" or PATCHES.
     rows: the protocols.
     names: of the classes, by label, where they have any.
     seed: passed to each protocol.
@@ -110,7 +115,12 @@ def table(
       encoder in front.
   """
   result = []
-  jobs = [(row, *key) for row in rows for key in encoders]
+  jobs = [
+    (row, *key)
+    for row in rows
+    for key in encoders
+    if row.patches == (key[1] == PATCHES)
+  ]
   bar = progress_lib.bar(
     jobs, desc=f"probe {evaluation}", unit=" fits", show=progress
   )
@@ -145,7 +155,7 @@ def table(
         "score": row.score,
         "unit": row.unit,
         "higher_is_better": row.higher_is_better,
-        "features": features,
+        "features": "pixels" if encoder == "pixels" else features,
         "encoder": encoder,
         **metrics,
         "seconds": round(time.perf_counter() - started, 2),

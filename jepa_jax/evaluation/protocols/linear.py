@@ -62,6 +62,23 @@ def linear_probe(
     ValueError: shapes disagree, labels are not integers, fewer than two
       classes, or no strength or holdout that makes sense.
   """
+  return fit(
+    train, test, strengths=strengths, holdout=holdout, seed=seed,
+    max_iterations=max_iterations, tolerance=tolerance,
+  )[0]  # fmt: skip
+
+
+def fit(
+  train: protocol.Examples,
+  test: protocol.Examples,
+  *,
+  strengths: Sequence[float] = STRENGTHS,
+  holdout: float = 0.15,
+  seed: int = 0,
+  max_iterations: int = 300,
+  tolerance: float = 2e-4,
+) -> tuple[dict[str, Any], np.ndarray]:
+  """`linear_probe`, and the class that it gives each test image, [B]."""
   protocol.check(train, test, "class")
   if not 0 < holdout < 1 or not strengths or min(strengths) <= 0:
     raise ValueError(
@@ -76,18 +93,20 @@ def linear_probe(
     )
   bank = bank_lib.Bank(train["features"])
   held_out = stratified(targets, holdout, seed)
-  fit = Regression(bank, targets, len(classes), max_iterations, tolerance)
+  regression = Regression(
+    bank, targets, len(classes), max_iterations, tolerance
+  )
 
   scores, solutions = {}, {}
   if len(strengths) > 1 and held_out.any():
-    scores, solutions = _along_path(fit, strengths, targets, held_out)
+    scores, solutions = _along_path(regression, strengths, targets, held_out)
   best = max(scores, key=scores.get) if scores else max(strengths)
-  parameters, outcome = fit(
+  parameters, outcome = regression(
     np.ones(len(targets), bool), best, solutions.get(best)
   )
-  scores_of_test = fit.logits(test["features"], *parameters)
-  fitted = fit.classify(*parameters)
-  return {
+  scores_of_test = regression.logits(test["features"], *parameters)
+  fitted = regression.classify(*parameters)
+  metrics = {
     **accuracy.accuracies(scores_of_test, classes, train, test),
     "train_top1": accuracy.percent(fitted == targets),
     "holdout_top1": scores.get(best),
@@ -95,6 +114,7 @@ def linear_probe(
     "converged": bool(outcome.success),
     "iterations": int(outcome.nit),
   }
+  return metrics, classes[scores_of_test.argmax(axis=1)]
 
 
 def _along_path(fit, strengths, targets, held_out):

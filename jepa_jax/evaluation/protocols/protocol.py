@@ -16,6 +16,7 @@ KINDS = {
   "classes": "any number of classes an image: 0 or 1 [classes], or a list",
   "number": "numbers: floats or integers, one an image",
   "dense": "maps: numbers [height, width, ...] an image",
+  "mask": "maps of classes: integers [height, width] an image",
   "none": "no label",
 }
 
@@ -37,6 +38,8 @@ class Protocol:
     unit: of the score; "%", or "" for a bare number.
     higher_is_better: whether a larger score is the better one.
     label: kind of label, one of KINDS.
+    patches: whether it takes the features of patches, float16 [n, N, D] with
+      "grid" (h, w) beside them, N = h w; else those averaged.
   """
 
   name: str
@@ -46,6 +49,7 @@ class Protocol:
   unit: str
   higher_is_better: bool
   label: str
+  patches: bool = False
 
   def takes(self, dtype: Any, rank: int) -> bool:
     """Whether a label fits.
@@ -61,6 +65,7 @@ class Protocol:
       "classes": rank == 1 and (number or dtype.kind in "SUO"),
       "number": rank == 0 and number,
       "dense": rank >= 2 and number,
+      "mask": rank == 2 and dtype.kind in "iu",
       "none": True,
     }[self.label]
 
@@ -134,4 +139,20 @@ def check(train: Examples, test: Examples, kind: str) -> None:
     raise ValueError(
       f"train has {train['features'].shape[1]} features, test has "
       f"{test['features'].shape[1]}; both must come from one encoder."
+    )
+
+
+def check_patches(train: Examples, test: Examples) -> None:
+  """Raises ValueError unless both are [n, N, D] of one N and D, with labels."""
+  shapes = [np.shape(x["features"]) for x in (train, test)]
+  counts = [len(x["labels"]) for x in (train, test)]
+  if (
+    {len(x) for x in shapes} != {3}
+    or shapes[0][1:] != shapes[1][1:]
+    or counts != [x[0] for x in shapes]
+    or not min(counts)
+  ):
+    raise ValueError(
+      f"features {shapes[0]} and {shapes[1]} with {counts[0]} and {counts[1]} "
+      "labels do not fit; a probe of patches needs [images, patches, features]."
     )

@@ -49,6 +49,18 @@ def ridge(
       fewer than three training images, or no strength or holdout that makes
       sense.
   """
+  return fit(train, test, strengths=strengths, holdout=holdout, seed=seed)[0]
+
+
+def fit(
+  train: protocol.Examples,
+  test: protocol.Examples,
+  *,
+  strengths: Sequence[float] = STRENGTHS,
+  holdout: float = 0.15,
+  seed: int = 0,
+) -> tuple[dict[str, Any], np.ndarray]:
+  """`ridge`, and what it says of the test images, float64 [B]."""
   protocol.check(train, test, "number")
   if not 0 < holdout < 1 or not strengths or min(strengths) <= 0:
     raise ValueError(
@@ -81,7 +93,7 @@ def ridge(
   solution = _Solutions([a + b for a, b in zip(*moments)])(best)
   predicted = [x.predict(np.arange(len(x)), *solution) for x in inputs]
   spread = np.var(labels[0][held])
-  return {
+  metrics = {
     **_scores(predicted[1], labels[1]),
     "baseline_rmse": float(
       np.sqrt(np.mean((labels[1] - labels[0].mean()) ** 2))
@@ -92,6 +104,7 @@ def ridge(
     "n_train": count,
     "n_test": len(labels[1]),
   }
+  return metrics, predicted[1]
 
 
 class _Standardised:
