@@ -22,6 +22,8 @@ OBJECTIVES = {
   "supervised": "jepa_jax.objectives.supervised:Supervised",
   "mae": "jepa_jax.objectives.mae:MAE",
   "data2vec": "jepa_jax.objectives.data2vec:Data2Vec",
+  "cae": "jepa_jax.objectives.cae:CAE",
+  "ibot": "jepa_jax.objectives.ibot:IBOT",
   "lejepa": "jepa_jax.objectives.lejepa:LeJEPA",
 }
 
