@@ -50,7 +50,10 @@ def cell(name: str, workdirs: Sequence[pathlib.Path]) -> Cell:
           key = (row["evaluation"], row["protocol"], row["features"])
           score = float(row[row.get("score", "top1")])
           scores.setdefault(key, []).append(score)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (
+      *(AttributeError, KeyError, OSError, TypeError, ValueError),
+      *(OverflowError, RecursionError),
+    ) as error:
       raise ValueError(f"{path} cannot be read: {error}.") from None
   return Cell(name, scores)
 

@@ -79,7 +79,10 @@ def read(text: bytes) -> tuple[Metrics, list[str]]:
     try:
       row = json.loads(line)
       step = int(row.pop("step"))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (
+      *(ValueError, KeyError, TypeError, AttributeError),
+      *(OverflowError, RecursionError),
+    ):
       broken.append(index)
       continue
     for name, value in row.items():

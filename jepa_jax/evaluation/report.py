@@ -248,6 +248,7 @@ def _read(path, parse):
     TypeError,
     KeyError,
     EOFError,
+    RecursionError,
     zipfile.BadZipFile,
     zlib.error,
   ) as error:

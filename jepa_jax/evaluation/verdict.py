@@ -11,6 +11,15 @@ import math
 from typing import Any
 
 Row = Mapping[str, Any]
+_TEXTS = ("evaluation", "protocol", "title", "score", "unit", "features")
+_NUMBERS = (
+  "standard_error",
+  "n_train",
+  "n_test",
+  "classes",
+  "majority",
+  "top5",
+)
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -190,6 +199,7 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
       continue
     features = trained.get("features")
     random = table.get((features, "random"), {}).get("per_class", {})
+    random = random if isinstance(random, Mapping) else {}
     result.append(
       {
         "evaluation": evaluation,
@@ -199,9 +209,13 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if trained["score"] == "mAP"
         else "test images of each class that are right",
         "classes": [
-          {"name": name, "trained": value, "random": random.get(name)}
+          {
+            "name": name,
+            "trained": value,
+            "random": random[name] if _is_finite(random.get(name)) else None,
+          }
           for name, value in trained["per_class"].items()
-          if _is_number(value)
+          if _is_finite(value)
         ],
       }
     )
@@ -209,10 +223,20 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def compares(row: Row) -> bool:
-  """Whether a row is a finite score of a known encoder."""
-  score = row.get(row.get("score", "top1"))
-  known = row.get("encoder") in ("trained", "random", "pixels")
-  return known and _is_number(score) and math.isfinite(score)
+  """Whether a row is a finite score of a known encoder, and all of it sound."""
+  texts = [row.get(key) for key in _TEXTS]
+  numbers = [row.get(key) for key in _NUMBERS]
+  return (
+    all(x is None or isinstance(x, str) for x in texts)
+    and all(x is None or _is_finite(x) for x in numbers)
+    and row.get("encoder") in ("trained", "random", "pixels")
+    and _is_finite(row.get(row.get("score", "top1")))
+  )
+
+
+def _is_finite(value):
+  # Not math.isfinite, which an int of 400 digits is too large for.
+  return _is_number(value) and abs(value) <= 1e300
 
 
 def _judged(row):

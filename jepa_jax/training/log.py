@@ -190,7 +190,7 @@ def _mend(path: pathlib.Path) -> str:
     return whole.rpartition(b"\n")[2].decode(errors="replace")
   try:
     json.loads(last)
-  except ValueError:
+  except (RecursionError, ValueError):
     text = last[:60].decode(errors="replace")
     print(
       f"{path}: its last line was cut short, and is dropped: {text!r}",
@@ -267,7 +267,7 @@ class Run:
     if start and self._path.exists():
       try:
         self._before = dict(json.loads(self._path.read_text()))
-      except (TypeError, ValueError):
+      except (RecursionError, TypeError, ValueError):
         logging.warning("%s is damaged: its times are lost", self._path)
 
   def write(self, step: int, images_per_second: float | None) -> None:

@@ -94,7 +94,7 @@ def check_data(
   try:
     before = json.loads(path.read_text())
     then, same = int(before["images"]), before == found
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
     print(f"{path} is damaged: written anew", file=sys.stderr)
     return []
   if same:
