@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import ml_collections
 
-from jepa_jax import allocator, keys, known_keys, launch
+from jepa_jax import allocator, keys, known_keys, launch, paths
 from jepa_jax import config as config_lib
 from jepa_jax.training import distributed
 
@@ -48,6 +48,9 @@ def run(
     tune_allocator: sets the allocator for train steps on a CPU.
     needs: flag -> the flag without which it says nothing.
   """
+  # Names of files may hold bytes of no encoding.
+  if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     parser.error = _usage_error
     arguments, rest = parser.parse_known_args()
@@ -120,7 +123,8 @@ def _check_equal_signs(rest: list[str]) -> None:
 
 def fail(error: Exception) -> int:
   """Prints an error as one line and returns the exit code for it."""
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = paths.printable(" ".join(str(error).split()))
+  text = text or type(error).__name__
   print(f"{type(error).__name__}: {text}", file=sys.stderr)
   return EXIT_BAD_INPUT
 

@@ -78,7 +78,7 @@ def _evaluate_run(arguments, check):
         "--report_only writes the page from what is there; give it neither "
         "--only nor --step nor --config.KEY=VALUE."
       )
-    print(f"report: {report_lib.write(workdir)}")
+    print(f"report: {paths.printable(str(report_lib.write(workdir)))}")
     return
   if arguments.config is not None or arguments.data:
     raise ValueError(

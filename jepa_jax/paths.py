@@ -37,6 +37,14 @@ def local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
     ) from None
 
 
+def printable(text: str) -> str:
+  """A name as it can be printed: what is no character of text is escaped.
+
+  Names of files may hold the terminal's commands, and bytes of no encoding.
+  """
+  return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
 def check_writable(path: pathlib.Path) -> None:
   """Raises ValueError where a file, or the folders above it, cannot be made."""
   if path.is_dir():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from jepa_jax import command, config_table, keys
+from jepa_jax import command, config_table, keys, paths
 from jepa_jax import config as config_lib
 from jepa_jax.data import headers, pixels, sources
 
@@ -143,7 +143,8 @@ def main(arguments: argparse.Namespace) -> int:
     source = sources.open_source(config, split)
     summary = verify(source, decode_all=arguments.decode)
     bad += len(summary.unreadable)
-    print(f"{config.source} {config.name} {split}: {summary}")
+    name = paths.printable(config.name)
+    print(f"{config.source} {name} {split}: {summary}")
   return 1 if bad else 0
 
 

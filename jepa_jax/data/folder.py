@@ -73,7 +73,7 @@ class FolderSource:
   ):
     self._root = paths.local(root, "data.name")
     self._most = int(max_mib * 2**20)
-    root = records.printable(root)
+    root = paths.printable(root)
     if not self._root.is_dir():
       raise ValueError(f"no folder {root}; set data.name to a folder of images")
     listing = records.cached(
@@ -121,7 +121,7 @@ class FolderSource:
       if name and (not by_folder or top in by_folder)
     }
     number = {name: i for i, name in enumerate(sorted(names))}
-    self.classes = [records.printable(name) for name in number]
+    self.classes = [paths.printable(name) for name in number]
     labels = np.asarray([number.get(name, -1) for name in found], np.int32)
     return np.repeat(labels, self._counts)
 
@@ -157,7 +157,7 @@ class FolderSource:
     return list(records)
 
   def name(self, index: int) -> str:
-    return records.printable(str(self._path(index)))
+    return paths.printable(str(self._path(index)))
 
   def features(self, record: tf.Tensor, index: tf.Tensor) -> dict[str, Any]:
     del record
@@ -336,7 +336,7 @@ def _tell_skipped(root: str, skipped: Sequence[str]) -> None:
     why, _, name = line.partition("\t")
     reasons[why].append(name)
   for why, names in sorted(reasons.items()):
-    shown = ", ".join(records.printable(x) for x in names[:_NAMED])
+    shown = ", ".join(paths.printable(x) for x in names[:_NAMED])
     more = ", ..." if len(names) > _NAMED else ""
     _tell(f"skipped {len(names):,} below {root}: {why}: {shown}{more}")
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from jepa_jax.data import records, scenes, sources
+from jepa_jax import paths
+from jepa_jax.data import scenes, sources
 
 MOST_CLASSES = 100_000  # that numbers in lists may stand for
 _plain = tf.autograph.experimental.do_not_convert  # nothing to convert: faster
@@ -55,7 +56,7 @@ def class_names(
   if numbers:
     return [str(number) for number in range(max(numbers) + 1)]
   return [
-    records.printable(text.decode(errors="replace")) for text in sorted(texts)
+    paths.printable(text.decode(errors="replace")) for text in sorted(texts)
   ]
 
 

@@ -181,14 +181,6 @@ def cached(
   return arrays
 
 
-def printable(text: str) -> str:
-  """A name as it can be printed: what is no character of text is escaped.
-
-  Names of files may hold the terminal's commands, and bytes of no encoding.
-  """
-  return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
-
-
 class Names(Sequence):
   """Many short strings in one array: a tenth of the memory of a list."""
 

@@ -26,6 +26,7 @@ from etils import epath
 import numpy as np
 
 from jepa_jax import config as config_lib
+from jepa_jax import paths
 from jepa_jax.evaluation import collapse, components, curves, figures
 from jepa_jax.evaluation import verdict as verdict_lib
 from jepa_jax.training import log
@@ -71,7 +72,7 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
   environment.filters["text"] = _text
   template = resources.files(__package__).joinpath("report.html.j2")
   page = environment.from_string(template.read_text(encoding="utf-8")).render(
-    name=workdir.name,
+    name=paths.printable(workdir.name),
     palette=figures.PALETTE,
     verdict=verdict_lib.verdict(rows),
     alarm=_alarm(config or {}, metrics),
@@ -225,7 +226,9 @@ def _is_number(value):
 
 
 def _text(value):
-  return value if isinstance(value, str) else json.dumps(value, default=str)
+  if isinstance(value, str):
+    return paths.printable(value)
+  return json.dumps(value, default=str)
 
 
 def _lacking(pictures, names):

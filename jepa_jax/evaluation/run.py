@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax import models, objectives
+from jepa_jax import models, objectives, paths
 from jepa_jax.data import labels, pipeline, sources
 from jepa_jax.data import unreadable as unreadable_lib
 from jepa_jax.evaluation import encoders, features, label_checks, protocols
@@ -105,7 +105,9 @@ def check_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _data_name(data):
-  return f"{data.source} {data.name}" if data.source != "scenes" else "scenes"
+  if data.source == "scenes":
+    return "scenes"
+  return f"{data.source} {paths.printable(data.name)}"
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -356,7 +358,7 @@ def report(
       f"{row['evaluation']} {row['protocol']} {row['features']} of "
       f"{row['encoder']}: {_score(row)}"
     )
-  print(f"report: {path}")
+  print(f"report: {paths.printable(str(path))}")
   return path
 
 

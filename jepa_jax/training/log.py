@@ -28,7 +28,8 @@ def write_whole(path: os.PathLike[str], data: str | bytes) -> None:
     path: local, or of a bucket, whose objects appear whole anyway.
     data: all of it; text is written as UTF-8.
   """
-  data = data.encode() if isinstance(data, str) else data
+  if isinstance(data, str):  # with names of bytes of no encoding, perhaps
+    data = data.encode(errors="backslashreplace")
   if "://" in os.fspath(path):
     epath.Path(path).write_bytes(data)
     return

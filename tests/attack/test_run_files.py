@@ -3,18 +3,25 @@
 JEPA_FUZZ_SECONDS=600 makes each target go on for as long.
 """
 
+import io
 import itertools
 import json
+import os
 import time
 
 import conftest
 import hypothesis
 from hypothesis import strategies as st
+import markupsafe
+import numpy as np
+from PIL import Image
 import pytest
 from test_hostile_weights import SECONDS, changed_bytes, changed_settings
 
+from jepa_jax import command
 from jepa_jax import config as config_lib
-from jepa_jax.evaluation import comparison, curves, report
+from jepa_jax.data import folder
+from jepa_jax.evaluation import comparison, curves, figures, report
 from jepa_jax.training import log, workdir
 
 RUN = {
@@ -138,3 +145,64 @@ def test_files_that_are_deep_or_long_end_nothing(text, tmp_path, capsys):
   (tmp_path / "data.json").write_text(text)
   assert workdir.check_data({"images": 3}, tmp_path) == []
   log._mend(tmp_path / "metrics.jsonl")
+
+
+# ---------------------------------------------------------------------------
+# Names of files, folders and classes.
+
+NAMES = {
+  "the terminal's commands": b"a\x1b[2J\x1b]0;x\x07",
+  "two lines": b"a\nb",
+  "a carriage return": b"a\rb",
+  "bytes of no encoding": b"a\xff\xfe",
+  "direction of text": "a\u202eb\u2066".encode(),
+  "mathtext": rb"$\frac{x}_{$",
+  "TeX": rb"\input{x}_%#&~^",
+  "HTML": b'<img src=x onerror="alert(1)"><\x73cript>',
+  "templates": b"{{ 7 * 6 }}{% for %}",
+  "a long one": b"n" * 255,
+  "a dash": b"--config",
+  "spaces": b"  a  ",
+  "a percent sign": b"%s%n{0}",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_escaped_and_figures_drawn(name, tmp_path, capsys):
+  """Of a folder, its classes, a class's image, and a workdir."""
+  bad = NAMES[name]
+  root = os.path.join(os.fsencode(tmp_path), bad)
+  file = io.BytesIO()
+  Image.new("RGB", (5, 4)).save(file, "png")
+  for part in (bad, b"other"):
+    os.makedirs(os.path.join(root, part))
+    for i in range(3):
+      with open(os.path.join(root, part, b"%d.png" % i), "wb") as png:
+        png.write(file.getvalue())
+  ending = bad[: 255 - 4] + b".png"
+  open(os.path.join(root, bad, ending), "wb").close()
+  text = os.fsdecode(root)
+  source = folder.FolderSource(text, "all")
+  names = [source.name(i) for i in range(len(source))] + source.classes
+  assert len(source.classes) == 2 and all(map(str.isprintable, names))
+  with pytest.raises(ValueError) as error:
+    folder.FolderSource(text, "nothing")
+  assert command.fail(error.value) == 2
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and said[:-1].isprintable()
+
+  label = source.classes[0]
+  rows = [row | {"per_class": {label: 50.0, "other": 70.0}} for row in ROWS]
+  (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+  config = conftest.small_config()
+  config.data.name = text
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  rows = [{"step": i, f"eval/{label}/x": i, label: i} for i in range(3)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  page(tmp_path)
+  written = (tmp_path / "report.html").read_text(encoding="utf-8")
+  assert "<img src=x" not in written and "\x1b" not in written
+  assert markupsafe.escape(label) in written
+  line = (label, np.asarray([1, 2]), np.asarray([3.0, 4.0]))
+  figure = figures.line_chart([line, line], title=label)
+  assert figures.svg(figure, label, label).startswith("<svg")
