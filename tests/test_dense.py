@@ -82,6 +82,7 @@ def test_shapes_are_those_that_were_drawn():
       }
     )
     true = np.where(owner < 0, 0, 1 + np.asarray(objects["shape"])[owner])
+    assert said.shape == (40, 40) and said.dtype == tf.int32
     assert np.mean(said == true) > 0.985 and len(np.unique(true)) > 1
 
 

@@ -213,7 +213,7 @@ def test_an_objective_without_an_encoder_is_not_evaluated(run_config):
 
 def spread(train, test, *, seed):
   del seed
-  assert set(train) == set(test) == {"features"}
+  assert "labels" not in train and "labels" not in test
   return {"spread": float(np.std(test["features"]))}
 
 
@@ -235,6 +235,26 @@ def test_a_protocol_from_elsewhere_needs_no_label(run_config, evaluate):
   rows = evaluate(run_config)
   assert all(row["spread"] > 0 for row in rows)
   assert evaluation.best(rows, run_config) == -rows[0]["spread"]
+
+
+def test_patches_are_probed_beside_what_is_averaged(run_config, evaluate):
+  run_config.evaluations.near = config_lib.evaluation(
+    "shapes", protocols=("segmentation", "health")
+  )
+  run_config.evaluations.near.features = ("last",)
+  rows = evaluate(run_config)
+  assert [(r["protocol"], r["encoder"], r["features"]) for r in rows] == [
+    ("segmentation", "trained", "patches"),
+    ("segmentation", "random", "patches"),
+    ("segmentation", "pixels", "pixels"),
+    ("health", "trained", "last"),
+    ("health", "random", "last"),
+    ("health", "pixels", "pixels"),
+  ]
+  assert all(0 < row["miou"] < 100 for row in rows[:3])
+  run_config.checkpoint.best_metric = "near/segmentation/patches"
+  evaluation.check(run_config)
+  assert evaluation.best(rows, run_config) == rows[0]["miou"]
 
 
 def test_the_best_checkpoint_is_chosen_by_the_row():

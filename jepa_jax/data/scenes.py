@@ -101,6 +101,8 @@ def shapes(example: dict) -> tf.Tensor:
   rays, floor = tf.numpy_function(
     _rays_and_floor, [size], (tf.float32, tf.float32), stateful=False
   )
+  rays.set_shape([*example["depth"].shape[:2], 3])
+  floor.set_shape(example["depth"].shape[:2])
   points = tf.constant(world.CAMERA, tf.float32) + seen * rays  # [H, W, 3]
   objects = example["objects"]
   radii = tf.gather(

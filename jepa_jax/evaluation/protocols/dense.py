@@ -166,7 +166,7 @@ def _commonest(side):
 ROWS = (
   protocol.Protocol(
     name="depth",
-    title="depth of patches",
+    title="depth probe",
     run=depth,
     score="rmse",
     unit="",
@@ -176,7 +176,7 @@ ROWS = (
   ),
   protocol.Protocol(
     name="segmentation",
-    title="segmentation by patches",
+    title="segmentation probe",
     run=segmentation,
     score="miou",
     unit="%",
