@@ -13,6 +13,7 @@ by a signal.
 """
 
 import argparse
+from collections.abc import Callable
 import dataclasses
 import itertools
 import json
@@ -22,6 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import tqdm
 
@@ -144,8 +146,13 @@ def plan(
   return runs
 
 
-def claim(workdir: pathlib.Path, arguments: argparse.Namespace) -> None:
+def claim(workdir: pathlib.Path, name: str, mine: dict[str, Any]) -> None:
   """Makes the folder of a sweep, or sees that it is of the same one.
+
+  Args:
+    workdir: of all runs.
+    name: of the file there that says what it is of; its stem names the kind.
+    mine: what that is, as JSON values.
 
   Raises:
     ValueError: it holds something else.
@@ -154,12 +161,7 @@ def claim(workdir: pathlib.Path, arguments: argparse.Namespace) -> None:
 
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir {workdir} is a file; name a folder.")
-  path = workdir / "sweep.json"
-  mine = {
-    "config": arguments.config_file,
-    "keys": [text.partition("=")[0] for text in arguments.over],
-    "overrides": sorted(arguments.overrides),
-  }
+  path = workdir / name
   if path.exists():
     try:
       theirs = json.loads(path.read_text())
@@ -167,12 +169,13 @@ def claim(workdir: pathlib.Path, arguments: argparse.Namespace) -> None:
       theirs = None
     if theirs != mine:
       raise ValueError(
-        f"{path} is of another sweep ({theirs}; this one: {mine}); use another "
-        "workdir."
+        f"{path} is of another {path.stem} ({theirs}; this one: {mine}); use "
+        "another workdir."
       )
   elif workdir.exists() and any(workdir.iterdir()):
     raise ValueError(
-      f"workdir {workdir} is not empty and holds no sweep; use another one."
+      f"workdir {workdir} is not empty and holds no {path.stem}; use another "
+      "one."
     )
   workdir.mkdir(parents=True, exist_ok=True)
   log.write_whole(path, json.dumps(mine, indent=2) + "\n")
@@ -229,15 +232,37 @@ def main(arguments: argparse.Namespace) -> int:
     for run in runs:
       print(shlex.join(run.command(arguments.config_file)))
     return 0
-  claim(workdir, arguments)
+  mine = {
+    "config": arguments.config_file,
+    "keys": [text.partition("=")[0] for text in arguments.over],
+    "overrides": sorted(arguments.overrides),
+  }
+  claim(workdir, "sweep.json", mine)
   words = shlex.join(["python", "-m", "jepa_jax.sweep", *sys.argv[1:]])
+  return train_all(
+    [(run, arguments.config_file) for run in runs],
+    lambda: collect(runs, workdir, words),
+    workdir / "sweep.html",
+  )
+
+
+def train_all(
+  runs: list[tuple[Run, str]], collect: Callable[[], str], page: pathlib.Path
+) -> int:
+  """Trains what is not done; the exit code.
+
+  Args:
+    runs: each with its experiment.
+    collect: writes what is done, and returns it as text.
+    page: which it writes.
+  """
   failed = []
   bar = tqdm.tqdm(runs, desc="runs", unit="run")
-  for run in bar:
-    bar.set_postfix_str(f"{run.name} seed {run.seed}")
+  for run, config in bar:
+    bar.set_postfix_str(run.folder.name)
     if run.done:
       continue
-    code = train(run, arguments.config_file)
+    code = train(run, config)
     if code in (command.EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGINT):
       bar.close()
       print(f"stopped in {run.folder}; the same command goes on.")
@@ -246,10 +271,10 @@ def main(arguments: argparse.Namespace) -> int:
       failed.append(run)
       last = (run.folder / "output.txt").read_text().strip().splitlines()
       bar.write(f"{run.folder} failed with code {code}: {last[-1:]}")
-    collect(runs, workdir, words)
+    collect()
   bar.close()
-  print(collect(runs, workdir, words))
-  print(f"page: {workdir / 'sweep.html'}")
+  print(collect())
+  print(f"page: {page}")
   if failed:
     print(f"{len(failed)} of {len(runs)} runs failed; see output.txt of each.")
   return 1 if failed else 0

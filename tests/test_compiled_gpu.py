@@ -83,6 +83,10 @@ STEPS = {
     "h200:8",
     ("mesh.fsdp=8", "compute.attention=cudnn"),
   ),
+  "cae_in1k.py:vitb16": ("a100:4", ("compute.attention=cudnn",)),
+  "ibot_in1k.py:vits16": ("a100:4", ("method.local_views=1",)),
+  "lejepa_in1k.py:vitb16": ("a100:4", ("method.local_views=1",)),
+  "rivals.py:mae,scenes": ("l40s:4", ()),
   "mae_in1k.py:vith14": ("h100:8", ("mesh.fsdp=8",)),
   "data2vec_in1k.py:vitb16": (
     "a100:4",

@@ -22,6 +22,18 @@ EXPERIMENTS += [
 ]
 EXPERIMENTS += [f"mae_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
 EXPERIMENTS += ["data2vec_in1k:vitb16", "data2vec_in1k:vitl16"]
+EXPERIMENTS += [f"ibot_in1k:{v}" for v in ("vits16", "vitb16", "vitl16")]
+EXPERIMENTS += ["cae_in1k:vitb16", "cae_in1k:vitl16"]
+EXPERIMENTS += [f"lejepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
+EXPERIMENTS += [
+  *("rivals:ijepa,scenes", "rivals:ijepa_position,scenes"),
+  *(
+    f"rivals:{name},{data}"
+    for name in sorted(objectives.OBJECTIVES)
+    for data in ("scenes", "fashion")
+    if name != "ijepa"
+  ),
+]
 EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16", "folder:PICTURES"]
 
 
@@ -60,7 +72,7 @@ def test_config_is_whole_and_its_head_says_how_to_run_it(name):
   config_lib.check(config)
   objective = objectives.load(config.objective).from_config(config)
   spec = objective.batch_spec(config.batch_size)
-  assert spec["image"].shape[0] == config.batch_size
+  assert {x.shape[0] for x in spec.values()} == {config.batch_size}
   file = name.partition(":")[0]
   head = (FOLDER / f"{file}.py").read_text().split('"""')[1]
   for word in ("Command:", "Hardware:", "Expected:", "Seen:"):

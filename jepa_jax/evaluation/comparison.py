@@ -16,6 +16,7 @@ import numpy as np
 from jepa_jax.evaluation import figures, verdict
 
 Column = tuple[str, str, str]  # evaluation, protocol and features
+Point = tuple[float, float, float]  # operations, seconds and score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,17 +131,68 @@ def chart(cells: Sequence[Cell], evaluation: str, protocol: str) -> Any:
   return figure
 
 
-def page(title: str, command: str, cells: Sequence[Cell]) -> str:
+def compute_charts(
+  ways: Mapping[str, Sequence[Mapping[str, Sequence[Point]]]],
+) -> list[tuple[str, Any]]:
+  """Scores against operations and against seconds: (caption, svg) of each.
+
+  Args:
+    ways: method -> of each of its runs, metric -> points on the way.
+  """
+  from matplotlib import figure as figure_lib
+
+  ink, faint, rule = (
+    figures.PALETTE[name][0] for name in ("ink", "faint", "rule")
+  )
+  charts = []
+  metrics = dict.fromkeys(
+    m for runs in ways.values() for run in runs for m in run
+  )
+  axes_of = (("operations of training", 0), ("seconds of training", 1))
+  for metric in metrics:
+    for words, axis in axes_of:
+      figure = figure_lib.Figure(figsize=(6.4, 3.4), layout="constrained")
+      axes = figure.add_subplot()
+      axes.spines[:].set_visible(False)
+      axes.grid(color=rule, linewidth=1)
+      axes.tick_params(left=False, bottom=False, labelsize=10, labelcolor=faint)
+      axes.xaxis.set_major_formatter(lambda value, _: figures.number(value))
+      axes.set_xlabel(words, fontsize=10, color=faint)
+      for i, (name, runs) in enumerate(ways.items()):
+        colour = figures.PALETTE[f"c{i % figures.COLOURS}"][0]
+        style = "o-" if i < figures.COLOURS else "s--"
+        found = np.asarray([run[metric] for run in runs if metric in run])
+        if not found.size:
+          continue
+        for x, y in zip(found[..., axis], found[..., 2]):
+          axes.plot(x, y, "o", color=colour, markersize=3, alpha=0.5)
+        mean = found.mean(axis=0)  # [points, 3]
+        axes.plot(mean[:, axis], mean[:, 2], style, color=colour, label=name)
+      axes.legend(frameon=False, fontsize=9, labelcolor=ink)
+      label = f"{metric}, against {words}"
+      charts.append((label, figures.svg(figure, f"way-{len(charts)}", label)))
+  return charts
+
+
+def page(
+  title: str,
+  command: str,
+  cells: Sequence[Cell],
+  lines: Sequence[Sequence[str]] = (),
+  charts: Sequence[tuple[str, Any]] = (),
+) -> str:
   """One self-contained HTML page: the table, and a chart a protocol.
 
   Args:
     title: heading.
     command: what made it, shown as text.
     cells: in the order of the table.
+    lines: of the table, if not those of `table`.
+    charts: (caption, svg) before those of the protocols.
   """
   import jinja2
 
-  charts = []
+  charts = list(charts)
   pairs = dict.fromkeys(key[:2] for key in columns(cells))
   for i, (evaluation, protocol) in enumerate(pairs):
     label = f"{evaluation}, {protocol}"
@@ -155,6 +207,6 @@ def page(title: str, command: str, cells: Sequence[Cell]) -> str:
     title=title,
     command=command,
     palette=figures.PALETTE,
-    lines=table(cells),
+    lines=lines or table(cells),
     charts=charts,
   )
