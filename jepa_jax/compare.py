@@ -27,8 +27,9 @@ import shlex
 import sys
 from typing import Any
 
-from jepa_jax import command, keys, paths, sweep
+from jepa_jax import command, keys, paths
 from jepa_jax import config as config_lib
+from jepa_jax import runs as runs_lib
 
 _PILOT_STEPS = 40
 # What makes the trunk and the data: the same in all that are compared.
@@ -124,10 +125,10 @@ def speed(method: Method, workdir: pathlib.Path, overrides: list[str]) -> float:
     "--config.log_every=10 steps",
     "--config.evaluations=",
   )
-  run = sweep.Run({}, 0, folder, flags)
+  run = runs_lib.Run({}, 0, folder, flags)
   if not run.done:
     folder.parent.mkdir(exist_ok=True)
-    if code := sweep.train(run, method.file):
+    if code := runs_lib.train(run, method.file):
       raise ValueError(f"the pilot {folder} ended with code {code}.")
   images = json.loads((folder / "run.json").read_text())["images_per_second"]
   return images / method.batch_size
@@ -135,7 +136,7 @@ def speed(method: Method, workdir: pathlib.Path, overrides: list[str]) -> float:
 
 def plan(
   arguments: argparse.Namespace, workdir: pathlib.Path, found: list[Method]
-) -> list[tuple[Method, sweep.Run]]:
+) -> list[tuple[Method, runs_lib.Run]]:
   """All runs, every method's first before any has its second.
 
   Raises:
@@ -161,11 +162,11 @@ def plan(
         f"--config.evaluate_every={every if every < steps else 0} steps",
         f"--config.seed={seed}",
       )
-      runs.append((method, sweep.Run({}, seed, folder, flags)))
+      runs.append((method, runs_lib.Run({}, seed, folder, flags)))
   return sorted(runs, key=lambda pair: pair[1].seed)
 
 
-def points(method: Method, run: sweep.Run) -> dict[str, list[tuple]]:
+def points(method: Method, run: runs_lib.Run) -> dict[str, list[tuple]]:
   """Metric -> (operations, seconds of training, score) of a finished run."""
   from jepa_jax.evaluation import curves
 
@@ -183,13 +184,13 @@ def points(method: Method, run: sweep.Run) -> dict[str, list[tuple]]:
 
 
 def collect(
-  runs: list[tuple[Method, sweep.Run]], workdir: pathlib.Path, words: str
+  runs: list[tuple[Method, runs_lib.Run]], workdir: pathlib.Path, words: str
 ) -> str:
   """Writes results.jsonl and compare.html of what is done; the table."""
   from jepa_jax.evaluation import comparison
   from jepa_jax.training import log
 
-  done: dict[Method, list[sweep.Run]] = {}
+  done: dict[Method, list[runs_lib.Run]] = {}
   for method, run in runs:
     if run.done:
       done.setdefault(method, []).append(run)
@@ -241,10 +242,10 @@ def main(arguments: argparse.Namespace) -> int:
     "points": arguments.points,
     "overrides": sorted(arguments.overrides),
   }
-  sweep.claim(workdir, "compare.json", mine)
+  runs_lib.claim(workdir, "compare.json", mine)
   runs = plan(arguments, workdir, found)
   words = shlex.join(["python", "-m", "jepa_jax.compare", *sys.argv[1:]])
-  return sweep.train_all(
+  return runs_lib.train_all(
     [(run, method.file) for method, run in runs],
     lambda: collect(runs, workdir, words),
     workdir / "compare.html",

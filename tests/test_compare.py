@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from jepa_jax import compare, sweep
+from jepa_jax import compare, runs
 
 FILE = """
 from conftest import small_config
@@ -70,7 +70,7 @@ def stand_in(monkeypatch):
     )
     return [sys.executable, "-c", STAND_IN, str(run.folder), steps, every]
 
-  monkeypatch.setattr(sweep.Run, "command", of)
+  monkeypatch.setattr(runs.Run, "command", of)
 
 
 def arguments(configs, workdir, **changes):

@@ -14,7 +14,7 @@ PACKAGE = conftest.ROOT / "jepa_jax"
 # From the top down: a room imports what stands below it, and itself.
 ORDER = (
   "commands",
-  *("command", "launch", "allocator"),  # what commands share
+  *("runs", "command", "launch", "allocator"),  # what commands share
   "pictures",
   *("pretrained", "convert"),
   "evaluation",

@@ -102,7 +102,7 @@ def stand_in(monkeypatch):
   command = lambda run, config: [
     *(sys.executable, "-c", STAND_IN, str(run.folder), state.fails)
   ]
-  monkeypatch.setattr(sweep.Run, "command", command)
+  monkeypatch.setattr(runs_lib.Run, "command", command)
   return state
 
 
