@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jepa_jax import command, config, sweep
+from jepa_jax import runs as runs_lib
 from jepa_jax.evaluation import comparison
 
 FLAGS = ["--config", "experiments/quickstart.py", "--config.batch_size=8"]
