@@ -9,4 +9,11 @@
   layout      sheets of pictures with words, and files of them
 
 All but `images` work without TensorFlow.
+
+EXAMPLE is the file of a small encoder to try them with: the target encoder of
+experiments/quickstart.py, 2,000 steps on rendered scenes of 64 pixels.
 """
+
+import pathlib
+
+EXAMPLE = pathlib.Path(__file__).with_name("scenes.safetensors")

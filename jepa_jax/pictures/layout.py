@@ -220,15 +220,19 @@ def write(
   Raises:
     ValueError: see check_path.
   """
-  film = isinstance(drawn, Sequence)
-  kind = check_path(pathlib.Path(path), film)
-  if film:
-    data = gif(drawn)
-  else:
-    file = io.BytesIO()
-    Image.fromarray(pixels(drawn)).save(file, kind, optimize=True, quality=85)
-    data = file.getvalue()
-  log.write_whole(path, data)
+  kind = check_path(pathlib.Path(path), isinstance(drawn, Sequence))
+  log.write_whole(path, encoded(drawn, kind))
+
+
+def encoded(
+  drawn: "figure_lib.Figure | Sequence[np.ndarray]", kind: str = "PNG"
+) -> bytes:
+  """A picture as a file: of a figure by Pillow's name, of frames a GIF."""
+  if isinstance(drawn, Sequence):
+    return gif(drawn)
+  file = io.BytesIO()
+  Image.fromarray(pixels(drawn)).save(file, kind, optimize=True, quality=85)
+  return file.getvalue()
 
 
 def _draw_panel(axes: "axes_lib.Axes", panel: Panel) -> None:
