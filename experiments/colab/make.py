@@ -40,6 +40,8 @@ def run(source: pathlib.Path) -> nbformat.NotebookNode:
   for number, cell in enumerate(notebook.cells):
     cell.id = str(number)  # or each writing differs
     cell.metadata = {}
+    if "outputs" in cell:  # progress and warnings go, results stay
+      cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
   return notebook
 
 
