@@ -329,6 +329,14 @@ _WEIGHT = number(0.0, 1e6)
 # Of the default objective, under `method`. They are not in its file, for that
 # imports JAX.
 IJEPA: dict[str, keys.Key] = {
+  "position_noise": Key(
+    0.0,
+    number(0.0, 100.0),
+    "standard deviation of noise on the targets' positions (StoP; .25 there)",
+  ),
+  "context_grayscale": Key(
+    0.0, _SHARE, "probability that the context, not the targets, is grey"
+  ),
   "target_layers": Key(
     1, whole(1, 256), "last blocks of the target encoder that are averaged"
   ),

@@ -130,3 +130,40 @@ def test_more_blocks_than_there_are_cannot_be_averaged(objective):
   config.method[name] = 33
   with pytest.raises(ValueError, match=f"method.{name} is 33 and.*depth 32"):
     objectives.load(objective).from_config(config)
+
+
+def test_a_targets_noise_goes_the_way_of_the_contexts_features(plain):
+  objective, params, batch, (targets, base) = plain
+  params = params["predictor"]
+  features = jnp.ones((1, 1, 2, 28))
+  ids = jnp.asarray([[[3, 7]]]), jnp.asarray([[[11]]])
+  run = jax.jit(
+    lambda p, noise: objective.predictor.apply(
+      {"params": p}, features, *ids, (5, 5), target_noise=noise
+    )
+  )
+  noise = jax.random.normal(RNG, (1, 1, 1, 28))
+  embed = params["embed"]
+  moved = noise[0, 0] @ embed["kernel"] + embed["bias"]
+  as_token = params | {"mask_token": params["mask_token"] + moved}
+  found = run(params, noise)
+  np.testing.assert_allclose(found, run(as_token, None), atol=1e-4)
+  assert np.abs(found - run(params, None)).max() > 1e-3
+  drawn = of(position_noise=0.25).noise(RNG, (40, 50))
+  assert drawn.shape == (40, 50, 28)
+  np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, 0.25], atol=5e-3)
+  assert objective.noise(RNG, (4, 5)) is None
+
+
+def test_a_share_of_contexts_is_grey(plain):
+  objective, _, batch, _ = plain
+  images = jnp.tile(batch["image"], (20, 1, 1, 1))
+  colour = objective.context_images(images, RNG)
+  found = of(context_grayscale=0.3).context_images(images, RNG)
+  grey = images @ np.asarray([0.299, 0.587, 0.114]) / 255
+  grey = (grey[..., None] - np.asarray(objective.mean)) / np.asarray(
+    objective.std
+  )
+  changed = (found != colour).any(axis=(1, 2, 3))
+  np.testing.assert_allclose(found[changed], grey[changed], atol=1e-4)
+  assert 20 < changed.sum() < 52  # of 120

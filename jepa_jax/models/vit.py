@@ -285,6 +285,7 @@ class Predictor(nn.Module):
     context_valid: jax.Array | None = None,
     target_valid: jax.Array | None = None,
     *,
+    target_noise: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
     """Predicts every target block from every context block.
@@ -297,6 +298,9 @@ class Predictor(nn.Module):
       grid: (h, w) of the image.
       context_valid: [B, S, K] bool, or None where nothing is padded.
       target_valid: [B, M, T] bool, or None where nothing is padded.
+      target_noise: [B, M, T, D], where a target's position is uncertain; it
+        goes the way of the context's features, so that its size is learned
+        with theirs. Bar et al. 2024 (StoP), arXiv:2308.00566.
       train: accepted for symmetry with the encoder; nothing is stochastic.
 
     Returns:
@@ -313,13 +317,16 @@ class Predictor(nn.Module):
     places, context_valid = _with_tokens(
       k - context_ids.shape[2], positions[context_ids], context_valid
     )
-    seen = dense(self.width, name="embed")(context) + places
+    embed = dense(self.width, name="embed")
+    seen = embed(context) + places
     # Three axes as in the released code, where only tensors of fewer than two
     # are free of weight decay: the mask token is decayed.
     token = self.param(
       "mask_token", transformer.KERNEL_INIT, (1, 1, self.width)
     )
     mask_tokens = token.astype(self.dtype) + positions[target_ids]
+    if target_noise is not None:
+      mask_tokens += embed(target_noise.astype(self.dtype))
 
     def concat(left: jax.Array, right: jax.Array) -> jax.Array:
       """[B, S, K, ...] and [B, M, T, ...] -> [B, S * K + M * T, ...]."""

@@ -84,11 +84,16 @@ class IJEPA(objectives.Objective):
     variance: weight of regularizers.variance of the averaged context features.
     covariance: weight of regularizers.covariance of the same.
     sigreg: weight of regularizers.sigreg of the same.
+    position_noise: standard deviation of normal noise that makes the positions
+      of the targets uncertain for the predictor.
+    context_grayscale: probability that an image is grey for the context
+      encoder, and in colour for the target encoder.
 
-  What is of the batch (the position's statistics and the last three) is of a
+  What is of the batch ("position", variance, covariance and sigreg) is of a
   microbatch where accumulate_steps cuts it.
 
-  Reference: Mo and Tong 2024 (variance and covariance), arXiv:2410.19560;
+  Reference: Bar et al. 2024 (position_noise), arXiv:2308.00566; Mo and Tong
+    2024 (variance and covariance), arXiv:2410.19560;
     Balestriero and LeCun 2025 (SIGReg), arXiv:2511.08544.
 
   Differs: the loss is the mean over targets that are not padding; where a
@@ -108,6 +113,8 @@ class IJEPA(objectives.Objective):
   variance: float = 0.0
   covariance: float = 0.0
   sigreg: float = 0.0
+  position_noise: float = 0.0
+  context_grayscale: float = 0.0
 
   keys: ClassVar = config_table.IJEPA
   normalize: ClassVar = staticmethod(normalize_targets)
@@ -235,7 +242,7 @@ class IJEPA(objectives.Objective):
     target_valid = batch.get("target_valid")
     context = self.encoder.apply(
       {"params": params["encoder"]},
-      models.normalize_images(batch["image"], self.mean, self.std),
+      self.context_images(batch["image"], rng),
       context_ids,
       context_valid,
       train=True,
@@ -250,6 +257,7 @@ class IJEPA(objectives.Objective):
       self.grid,
       context_valid,
       target_valid,
+      target_noise=self.noise(rng, target_ids.shape),
       train=True,
     ).astype(jnp.float32)  # [B, S, M, T, D]
 
@@ -280,6 +288,28 @@ class IJEPA(objectives.Objective):
       },
       features=self.watched(targets, context, batch),
     )
+
+  def context_images(self, images: jax.Array, rng: jax.Array) -> jax.Array:
+    """Normalised images as the context encoder sees them."""
+    x = models.normalize_images(images, self.mean, self.std)
+    if not self.context_grayscale or x.shape[-1] != 3:
+      return x
+    luma = jnp.asarray([0.299, 0.587, 0.114])  # as in data.grayscale
+    mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+    grey = ((x * std + mean) @ luma)[..., None]
+    shape = (len(x), 1, 1, 1)
+    chosen = jax.random.bernoulli(
+      jax.random.fold_in(rng, 3), self.context_grayscale, shape
+    )
+    return jnp.where(chosen, (grey - mean) / std, x)
+
+  def noise(self, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+    """Normal noise [..., D] for target patches, None where there is none."""
+    if not self.position_noise:
+      return None
+    shape = (*shape, self.encoder.width)
+    draw = jax.random.normal(jax.random.fold_in(rng, 2), shape)
+    return self.position_noise * draw
 
   def regularization(
     self, context: jax.Array, batch: objectives.Batch, rng: jax.Array
