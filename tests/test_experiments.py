@@ -21,6 +21,10 @@ EXPERIMENTS += [
   f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")
 ]
 EXPERIMENTS += [f"mae_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
+EXPERIMENTS += [
+  f"finetune_in1k:{v}"
+  for v in ("vitl16_1pct", "vith14_1pct", "vith16_448_1pct", "vith16_448")
+]
 EXPERIMENTS += ["data2vec_in1k:vitb16", "data2vec_in1k:vitl16"]
 EXPERIMENTS += [f"ibot_in1k:{v}" for v in ("vits16", "vitb16", "vitl16")]
 EXPERIMENTS += ["cae_in1k:vitb16", "cae_in1k:vitl16"]

@@ -13,12 +13,14 @@ from jepa_jax.evaluation.protocols import (
   ridge,
 )
 
-# Those that learn from all of train; few labels and grids have tests of their
-# own.
+# Those of averaged features that learn from all of train; few labels and grids
+# have tests of their own.
 CLASSES = [
   x
   for x in protocols.PROTOCOLS.values()
-  if x.label == "class" and not x.name.startswith(("linear_", "low_shot"))
+  if x.label == "class"
+  and not x.name.startswith(("linear_", "low_shot"))
+  and not (x.patches or x.logits)
 ]
 classifies = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.name)
 
@@ -515,6 +517,11 @@ def test_rows_say_what_their_protocols_return(row):
   }[row.label]
   if row.patches and row.label == "class":
     make = lambda n, seed: patches(n, seed, "class")
+  if row.logits:
+    make = lambda n, seed: {
+      **blobs(n, 5, 3, 1.0, seed),
+      "logits": np.random.default_rng(seed).normal(size=(n, 3)),
+    }
   kind = protocols.PATCHES if row.patches else "last"
   (said,) = protocols.table(
     "x",

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from test_program import config_of, make_batch
 
+from jepa_jax import config as config_lib
 from jepa_jax import objectives
+from jepa_jax.evaluation import protocols
+from jepa_jax.evaluation import run as evaluation
 from jepa_jax.objectives import supervised
 
 
@@ -78,3 +81,32 @@ def test_labels_are_mixed_as_the_pixels_are(mixup, cutmix):
   named = {"mixup": mixup, "cutmix": cutmix}
   assert kinds == {name for name, alpha in named.items() if alpha}
   assert np.std(shares_seen) > 0.1
+
+
+def test_the_head_is_evaluated_as_it_was_trained(objective):
+  """Logits of averaged features are those of the loss; right are counted."""
+  params = objective.init(jax.random.key(3))["head"]
+  features = np.random.default_rng(0).normal(size=(6, 28)).astype(np.float32)
+  logits = np.asarray(objective.logits(params, features))
+  expected = features @ params["kernel"] + params["bias"]
+  np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-6)
+  labels = logits.argmax(axis=1)
+  labels[:2] = (labels[:2] + 1) % 9
+  side = {"features": features, "labels": labels, "logits": logits}
+  encoders = {
+    ("trained", "last"): (side, side),
+    ("random", "last"): ({**side}, {"features": features, "labels": labels}),
+  }
+  (row,) = protocols.table(
+    "x", encoders, [protocols.find("head")], progress=False
+  )
+  assert row["top1"] == pytest.approx(100 * 4 / 6, abs=1e-3)
+
+
+def test_only_what_has_a_head_is_asked_for_it():
+  config = config_of("ijepa")
+  config.evaluations.x = config_lib.evaluation("count", protocols=("head",))
+  with pytest.raises(
+    ValueError, match='objective "ijepa" has none; use linear'
+  ):
+    evaluation.check(config)

@@ -40,6 +40,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for protocol in settings.protocols:
       row = protocols.find(protocol, f"protocol of evaluation {name}")
       kinds = (protocols.PATCHES,) if row.patches else settings.features
+      if row.logits:
+        kinds = ("last",)
       scored += [f"{name}/{row.name}/{kind}" for kind in kinds]
     for kind in settings.features:
       config_lib.choose(
@@ -59,6 +61,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.evaluations:
     objective = objectives.load(config.objective).from_config(config)
     encoders.check(config, objective.networks)
+    if "head" not in objective.networks:
+      for name, settings in config.evaluations.items():
+        if any(protocols.find(x).logits for x in settings.protocols):
+          raise ValueError(
+            f"evaluation {name} asks for the accuracy of a head, and objective "
+            f'"{config.objective}" has none; use linear.'
+          )
 
 
 def check_data(config: ml_collections.ConfigDict) -> None:
@@ -158,7 +167,13 @@ def evaluate(
   width = program.objective.networks["encoder"].width
   names_of = [x for x in encode if not x.endswith(features.OF_PATCHES)]
   widths = dict.fromkeys(names_of, width)
-  return compare(config, program.mesh, encode, widths, names, check=check)
+  logits = None
+  if "head" in program.objective.networks:
+    params = jax.device_get(state.network("head"))
+    logits = functools.partial(program.objective.logits, params)
+  return compare(
+    config, program.mesh, encode, widths, names, logits=logits, check=check
+  )
 
 
 def reads_patches(settings: ml_collections.ConfigDict) -> bool:
@@ -180,6 +195,7 @@ def compare(
   widths: Mapping[str, int],
   names: Sequence[str],
   *,
+  logits: Callable[[np.ndarray], Any] | None = None,
   check: Callable[[], None] = lambda: None,
 ) -> Rows:
   """The evaluations of a config on any encoders.
@@ -191,6 +207,8 @@ def compare(
       encoders.BASELINES are in every evaluation, those where it says so.
     widths: features a layer, by the name of the encoder; of no patches'.
     names: which of config.evaluations.
+    logits: of the encoder "trained", from its last layer's features; None
+      where it has no head.
     check: called between batches and between probes; may raise to end it all.
 
   Returns:
@@ -204,11 +222,13 @@ def compare(
     groups.setdefault(key, {})[name] = settings
   tables: dict[str, Rows] = {}
   for members in groups.values():
-    tables |= _on_one_data_set(config, mesh, encode, widths, members, check)
+    tables |= _on_one_data_set(
+      config, mesh, encode, widths, members, logits, check
+    )
   return [row for name in names for row in tables[name]]
 
 
-def _on_one_data_set(config, mesh, encode, widths, members, check):
+def _on_one_data_set(config, mesh, encode, widths, members, logits, check):
   """Rows by evaluation; all members read the same data set."""
   data = config_lib.evaluation_data(config, next(iter(members.values())))
   splits: dict[str, set[str]] = {}  # and the labels that are read of each
@@ -226,7 +246,7 @@ def _on_one_data_set(config, mesh, encode, widths, members, check):
   tables = {
     name: protocols.table(
       name,
-      _examples(config, settings, found, widths),
+      _examples(config, settings, found, widths, logits),
       [protocols.find(protocol) for protocol in settings.protocols],
       names=names.get(settings.label),
       seed=config.seed,
@@ -279,7 +299,7 @@ def _features(config, mesh, encode, data, split, wanted, names, check):
   return {**found, "skipped": missing}
 
 
-def _examples(config, settings, found, widths):
+def _examples(config, settings, found, widths, logits=None):
   """{(encoder, kind of features): (train, test)} of an evaluation."""
 
   def side(split, encoder, kind):
@@ -291,7 +311,10 @@ def _examples(config, settings, found, widths):
       size = models.height_and_width(data.image_size)
       side["features"] = all_features[encoders.of_patches(encoder)]
       side["grid"] = models.patch_grid(*size, config.encoder.patch_size)
-    elif kind != "pixels":
+    elif (encoder, kind) == ("trained", "last") and logits is not None:
+      if (of_head := logits(side["features"])) is not None:
+        side["logits"] = np.asarray(of_head)
+    if kind not in ("pixels", protocols.PATCHES):
       side["width"] = widths[encoder]
     if label_checks.names(settings):
       side["labels"] = found[split]["labels"][settings.label]

@@ -142,6 +142,19 @@ class Objective:
     """
     raise NotImplementedError(f"{type(self).__name__}.loss")
 
+  def logits(self, params: Params, features: Any) -> Any:
+    """Scores of classes [B, K] by averaged features [B, D] of the encoder.
+
+    Args:
+      params: of the network "head", as it is evaluated.
+      features: float32, of the last layer.
+
+    Returns:
+      None where the method classifies nothing.
+    """
+    del params, features
+    return None
+
   def facts(self) -> dict[str, Any]:
     """What a run says of itself: name -> dataclass with a readable str."""
     return {}

@@ -157,6 +157,10 @@ class Supervised(objectives.Objective):
       features=features,
     )
 
+  def logits(self, params: Any, features: Any) -> Any:
+    """Those of the head."""
+    return self.networks["head"].apply({"params": params}, features)
+
   def flops(self) -> int:
     """Encoder and head both ways; pixels need no gradient."""
     height, width, channels = self.image_shape

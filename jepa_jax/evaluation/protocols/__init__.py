@@ -20,6 +20,7 @@ from jepa_jax.evaluation import progress as progress_lib
 from jepa_jax.evaluation.protocols import (
   attentive,
   dense,
+  head,
   health,
   knn,
   knn_grid,
@@ -43,6 +44,7 @@ PROTOCOLS: dict[str, protocol.Protocol] = {
     health.ROW,
     *linear_grid.ROWS,
     attentive.ROW,
+    head.ROW,
     *dense.ROWS,
     *low_shot.ROWS,
   )  # fmt: skip
@@ -120,6 +122,7 @@ def table(
     for row in rows
     for key in encoders
     if row.patches == (key[1] == PATCHES)
+    and (not row.logits or "logits" in encoders[key][1])
   ]
   bar = progress_lib.bar(
     jobs, desc=f"probe {evaluation}", unit=" fits", show=progress

@@ -40,6 +40,8 @@ class Protocol:
     label: kind of label, one of KINDS.
     patches: whether it takes the features of patches, float16 [n, N, D] with
       "grid" (h, w) beside them, N = h w; else those averaged.
+    logits: whether it takes "logits" [n, K] of an objective that classifies,
+      and so is not for random encoders or pixels.
   """
 
   name: str
@@ -50,6 +52,7 @@ class Protocol:
   higher_is_better: bool
   label: str
   patches: bool = False
+  logits: bool = False
 
   def takes(self, dtype: Any, rank: int) -> bool:
     """Whether a label fits.
