@@ -21,6 +21,7 @@ EXPERIMENTS += [
   f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")
 ]
 EXPERIMENTS += [f"mae_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
+EXPERIMENTS += ["transfer"]
 EXPERIMENTS += [
   f"finetune_in1k:{v}"
   for v in ("vitl16_1pct", "vith14_1pct", "vith16_448_1pct", "vith16_448")
@@ -200,3 +201,20 @@ def test_evaluations_come_and_go_by_flags():
     evaluations(".cuont=")
   with pytest.raises(ValueError, match="NAME=LABEL to add one"):
     evaluations("=none")
+
+
+def test_every_set_of_the_transfer_is_known_to_tfds():
+  """Names and labels by TFDS's own metadata; nothing is downloaded."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+  classes = {
+    "cifar10": 10, "cifar100": 100, "places": 365, "inat18": 8142,
+    "flowers": 102, "pets": 37, "dtd": 47,
+  }  # fmt: skip
+  config = load("transfer")
+  for name, settings in config.evaluations.items():
+    features = tfds.builder(settings.data.name).info.features
+    if name in classes:
+      assert features[settings.label].num_classes == classes[name]
+    else:  # derived from the objects, see scenes.LABELS
+      assert "pixel_coords" in features["objects"].feature
+      assert settings.label in ("count", "distance")

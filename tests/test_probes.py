@@ -103,6 +103,9 @@ def test_top5_majority_and_per_class_are_what_they_say(row):
     metrics["per_class"][str(label)] * counts[label] for label in range(8)
   )
   assert metrics["top1"] == pytest.approx(mean / 150, abs=1e-2)
+  by_hand = np.mean([*metrics["per_class"].values()])
+  assert metrics["mean_per_class"] == pytest.approx(by_hand, abs=1e-2)
+  assert metrics["mean_per_class"] != metrics["top1"]
 
 
 @pytest.mark.parametrize("strength", [1e-1, 1e-3])

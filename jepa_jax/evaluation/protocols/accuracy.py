@@ -25,10 +25,11 @@ def accuracies(
       test that classes lacks counts as an error.
 
   Returns:
-    top1; top5 with more than 5 classes; standard_error of top1 over the test
-    images; majority, the top1 of always saying the commonest class of train;
-    per_class, {label: percent}, with at most PER_CLASS classes; n_train,
-    n_test, classes; unseen, test images of a class that train lacks, if any.
+    top1; mean_per_class, over the classes of the test images; top5 with more
+    than 5 classes; standard_error of top1 over the test images; majority, the
+    top1 of always saying the commonest class of train; per_class, {label:
+    percent}, with at most PER_CLASS classes; n_train, n_test, classes; unseen,
+    test images of a class that train lacks, if any.
   """
   labels = np.asarray(test["labels"])
   ranked = classes[np.argsort(-scores, axis=1, kind="stable")[:, :5]]
@@ -43,6 +44,8 @@ def accuracies(
     "n_test": len(labels),
     "classes": len(classes),
   }
+  each = [np.mean(right[labels == label, 0]) for label in np.unique(labels)]
+  result["mean_per_class"] = round(100 * float(np.mean(each)), 3)
   if unseen := int(np.sum(~np.isin(labels, seen))):
     result["unseen"] = unseen
   if len(classes) > 5:
