@@ -120,8 +120,9 @@ def pca(
   return layout.sheet(
     rows,
     title="What the encoder says of each place, as colour",
-    notes="Equal colours: similar features, across all images and both "
-    f"encoders. Red, green and blue are the first three principal components "
+    notes="Equal colours: similar features, across all images"
+    f"{' and both encoders' * (len(vectors) > 1)}. Red, green and blue are the "
+    "first three principal components "
     f"{kept} ({shares} % of the variance)."
     + (" Black: background." if foreground else ""),
     labels=labels,
