@@ -4,8 +4,8 @@ Command:   python -m jepa_jax.train --config experiments/folder.py:PATH \\
              --workdir runs/mine [--config.data.image_size=96] \\
              [--config.total="50 epochs"]
            PATH holds images at any depth. Sub-folders are classes, and are
-           probed, where there are two or more; `train` and `test` folders are
-           splits, else a tenth of the images is held out.
+           probed, where two or more are trained on; `train` and `test` folders
+           are splits, else a tenth of the images is held out.
 Hardware:  2 CPU cores: some 300 images of 64 pixels a second. A GPU: also
            --config.compute.dtype=bfloat16 --config.compute.scan=True.
 Expected:  nothing known; judge by the report, beside a random encoder and
@@ -67,7 +67,8 @@ def _is_labelled(folder: str) -> bool:
   """Whether a probe can learn classes, and be scored on others' images."""
   from jepa_jax.data import folder as folder_lib
 
-  if len(folder_lib.FolderSource(folder, "train").classes) < 2:
+  train = folder_lib.FolderSource(folder, "train")
+  if not train.classes or len({*train.labels.tolist()}) < 2:
     return False
   try:
     return len(folder_lib.FolderSource(folder, "test")) > 0

@@ -172,6 +172,12 @@ def test_a_folder_without_classes_is_not_probed(tmp_path):
     shutil.copy(picture, tmp_path)
   path = str(FOLDER / "folder.py")
   assert not command.load_config(f"{path}:{tmp_path}").evaluations
+  png = next(tmp_path.glob("*.png"))
+  for name in "ab":  # two classes, one of them held out
+    (tmp_path / "few" / name).mkdir(parents=True)
+    shutil.copy(png, tmp_path / "few" / name)
+    few = command.load_config(f"{path}:{tmp_path / 'few'}")
+    assert not few.evaluations
   with pytest.raises(ValueError, match="folder.py:PATH"):
     command.load_config(path)
   with pytest.raises(ValueError, match="no folder"):

@@ -57,6 +57,10 @@ class FolderSource:
   level (below the split's folder) are the classes, numbered in sorted order
   over all splits.
 
+  Attributes:
+    classes: their names, none where an image lies in no sub-folder.
+    labels: int32, the class of each image of the split, or -1.
+
   Args:
     root: the folder.
     split: see the head of this file.
@@ -106,8 +110,8 @@ class FolderSource:
         f'split "test" of {root} holds {len(self._chosen)} images, so that a '
         f"score moves in steps of {100 / len(self._chosen):.0f} %"
       )
-    self._labels = labels[self._chosen]
-    if (self._labels < 0).any():  # none where a file is in no sub-folder
+    self.labels = labels[self._chosen]
+    if (self.labels < 0).any():  # none where a file is in no sub-folder
       self.classes = []
 
   def _name_classes(self, groups, by_folder):
@@ -163,7 +167,7 @@ class FolderSource:
     del record
     if not self.classes:
       return {}
-    return {"label": tf.gather(self._labels, index)}
+    return {"label": tf.gather(self.labels, index)}
 
   def class_names(self, label: str) -> list[str] | None:
     return self.classes if label == "label" and self.classes else None

@@ -93,7 +93,8 @@ def check_values(
       _numbers(test, whole)
   except ValueError as error:
     raise ValueError(
-      f'evaluation {name}: label "{settings.label}": {error}'
+      f'evaluation {name}: label "{settings.label}": {error} To do without it, '
+      f"give --config.evaluations.{name}="
     ) from error
   return [f"evaluation {name}: {note}" for note in notes]
 
