@@ -259,8 +259,10 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags.set_defaults(config=None)  # --config.key=value is every run's
-  flags.add_argument(
+  keys.add_flag(
+    flags,
     "--configs",
+    keys.PATH,
     nargs="+",
     required=True,
     metavar="FILE[:VARIANT]",
