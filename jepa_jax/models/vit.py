@@ -308,8 +308,7 @@ class Predictor(nn.Module):
     """
     compute = dict(dtype=self.dtype, kernels=self.kernels)
     dense = functools.partial(transformer.Dense, **compute)
-    b, s, k, _ = context.shape
-    _, m, t = target_ids.shape
+    (b, s, k, _), (_, m, t) = context.shape, target_ids.shape
     wide = kernels_lib.at_least_float32(self.dtype)
     positions = jnp.asarray(
       patches_lib.sincos_positions(grid, self.width, wide), self.dtype
@@ -318,20 +317,9 @@ class Predictor(nn.Module):
       k - context_ids.shape[2], positions[context_ids], context_valid
     )
     embed = dense(self.width, name="embed")
-    seen = embed(context) + places
-    # Three axes as in the released code, where only tensors of fewer than two
-    # are free of weight decay: the mask token is decayed.
-    token = self.param(
-      "mask_token", transformer.KERNEL_INIT, (1, 1, self.width)
-    )
-    mask_tokens = token.astype(self.dtype) + positions[target_ids]
+    mask_tokens = self._mask_token() + positions[target_ids]
     if target_noise is not None:
       mask_tokens += embed(target_noise.astype(self.dtype))
-
-    def concat(left: jax.Array, right: jax.Array) -> jax.Array:
-      """[B, S, K, ...] and [B, M, T, ...] -> [B, S * K + M * T, ...]."""
-      flat = lambda x: jax.lax.collapse(x, 1, 3)
-      return jnp.concatenate([flat(left), flat(right)], axis=1)
 
     def pair(x: jax.Array) -> jax.Array:
       """Each context before each block: [B * S * M, K + T, ...]."""
@@ -345,7 +333,9 @@ class Predictor(nn.Module):
     valid = None
     if context_valid is not None or target_valid is not None:
       seen_valid = _or_true(context_valid, context.shape[:3])
-      valid = pair(concat(seen_valid, _or_true(target_valid, target_ids.shape)))
+      valid = pair(
+        _concat(seen_valid, _or_true(target_valid, target_ids.shape))
+      )
     blocks = transformer.Transformer(
       depth=self.depth,
       num_heads=self.num_heads,
@@ -356,11 +346,25 @@ class Predictor(nn.Module):
       **compute,
       name="transformer",
     )
-    both, last = concat(seen, mask_tokens), lambda x: x[:, k:]
-    (x,) = blocks(both, valid, train=train, expand=pair, select=last)
-    x = transformer.LayerNorm(**compute, name="norm")(x)
-    x = dense(self.output_width, name="project")(x)
+    tokens = _concat(embed(context) + places, mask_tokens)
+    last = lambda x: x[:, k:]
+    (x,) = blocks(tokens, valid, train=train, expand=pair, select=last)
+    norm = transformer.LayerNorm(**compute, name="norm")
+    x = dense(self.output_width, name="project")(norm(x))
     return x.reshape(b, s, m, t, self.output_width)
+
+  def _mask_token(self) -> jax.Array:
+    # Three axes as in the released code, where only tensors of fewer than two
+    # are free of weight decay: the mask token is decayed.
+    shape = (1, 1, self.width)
+    token = self.param("mask_token", transformer.KERNEL_INIT, shape)
+    return token.astype(self.dtype)
+
+
+def _concat(left: jax.Array, right: jax.Array) -> jax.Array:
+  """[B, S, K, ...] and [B, M, T, ...] -> [B, S * K + M * T, ...]."""
+  flat = lambda x: jax.lax.collapse(x, 1, 3)
+  return jnp.concatenate([flat(left), flat(right)], axis=1)
 
 
 def _with_tokens(

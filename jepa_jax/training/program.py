@@ -94,27 +94,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
   """
   config_lib.check(config)
   config = ml_collections.FrozenConfigDict(config)
-  slices = config.accumulate_steps
-  if config.batch_size // slices % mesh.size:
-    raise ValueError(
-      f"batch_size {config.batch_size} in {slices} microbatches "
-      f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
-      f"{_nearest_multiples(config.batch_size, mesh.size * slices)}."
-    )
-  platform = mesh.devices.flat[0].platform
-  if config.compute.attention == "cudnn" and platform not in ("gpu", "cuda"):
-    raise ValueError(
-      f'compute.attention is "cudnn" on a {platform}; it needs an NVIDIA GPU: '
-      'make it "xla".'
-    )
+  _check_mesh(config, mesh)
   objective = objectives.load(config.objective).from_config(
     config, sharding.make_kernels(config.compute, mesh)
   )
-  if objective.whole_batch and slices > 1:
+  if objective.whole_batch and config.accumulate_steps > 1:
     raise ValueError(
-      f"accumulate_steps is {slices} and the loss of objective "
-      f'"{config.objective}" is a statistic of the whole batch; make it 1, and '
-      "save memory by compute.remat."
+      f"accumulate_steps is {config.accumulate_steps} and the loss of "
+      f'objective "{config.objective}" is a statistic of the whole batch; make '
+      "it 1, and save memory by compute.remat."
     )
   schedules = optimizer.make_schedules(config)
   tx = optimizer.make_optimizer(
@@ -164,6 +152,23 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     init=lambda seed: jit_init(jax.random.key(seed)),
     step=step,
   )
+
+
+def _check_mesh(config: Any, mesh: Mesh) -> None:
+  """Raises a ValueError where these devices cannot do what config says."""
+  slices = config.accumulate_steps
+  if config.batch_size // slices % mesh.size:
+    raise ValueError(
+      f"batch_size {config.batch_size} in {slices} microbatches "
+      f"is not a multiple of {mesh.size} devices; nearest batch sizes: "
+      f"{_nearest_multiples(config.batch_size, mesh.size * slices)}."
+    )
+  platform = mesh.devices.flat[0].platform
+  if config.compute.attention == "cudnn" and platform not in ("gpu", "cuda"):
+    raise ValueError(
+      f'compute.attention is "cudnn" on a {platform}; it needs an NVIDIA GPU: '
+      'make it "xla".'
+    )
 
 
 def _make_gradients(

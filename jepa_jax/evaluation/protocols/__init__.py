@@ -140,16 +140,7 @@ def table(
       raise ValueError(
         f"{evaluation}, {row.name} on {encoder} {features}: {error}"
       ) from error
-    if row.score not in metrics:
-      raise ValueError(
-        f"{evaluation}, {row.name}: its metrics lack its score {row.score!r}; "
-        f"they are: {', '.join(metrics)}."
-      )
-    if names is not None and "per_class" in metrics:
-      metrics["per_class"] = {
-        str(names[int(label)]): value
-        for label, value in metrics["per_class"].items()
-      }
+    metrics = _checked(f"{evaluation}, {row.name}", row.score, metrics, names)
     result.append(
       {
         "evaluation": evaluation,
@@ -165,6 +156,22 @@ def table(
       }
     )
   return result
+
+
+def _checked(title, score, metrics, names):
+  """A protocol's metrics, classes by their names."""
+  if score not in metrics:
+    raise ValueError(
+      f"{title}: its metrics lack its score {score!r}; "
+      f"they are: {', '.join(metrics)}."
+    )
+  if names is None or "per_class" not in metrics:
+    return metrics
+  named = {
+    str(names[int(label)]): value
+    for label, value in metrics["per_class"].items()
+  }
+  return metrics | {"per_class": named}
 
 
 def _fitted(examples, kind):

@@ -53,13 +53,9 @@ def multilabel(
       strength or holdout that makes sense.
   """
   targets, wanted = _checked(train, test, strengths, holdout)
+  bank = bank_lib.Bank(train["features"])
   fit = linear.Regression(
-    bank_lib.Bank(train["features"]),
-    targets,
-    targets.shape[1],
-    max_iterations,
-    tolerance,
-    _loss,
+    bank, targets, targets.shape[1], max_iterations, tolerance, _loss
   )
   held = np.zeros(len(targets), bool)
   count = min(max(round(holdout * len(targets)), 1), len(targets) - 1)
