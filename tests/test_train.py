@@ -200,7 +200,7 @@ def evaluate_flags(**flags):
   defaults = dict(
     workdir=None, step=None, only="", report_only=False, weights=None,
     config=None, data="", overrides=[], label="label", train="train",
-    test="test", protocols="knn", format="text", out="",
+    test="test", protocols="knn", format="text", out="evaluations.jsonl",
   )  # fmt: skip
   return types.SimpleNamespace(**defaults | flags)
 
