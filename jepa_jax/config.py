@@ -162,6 +162,10 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
       fill_method(config)
       known = known_keys.of_config(config)
     _check_table(config, known)
+    for part in ("encoder.", "predictor."):  # arguments of their modules
+      for name in flatten(config):
+        if name.startswith(part) and name not in known:
+          raise keys.unknown("config key", name, list(known))
   except (AttributeError, RecursionError, TypeError, ValueError) as error:
     why = " ".join(str(error).split())  # a ConfigDict's text has lines
     raise ValueError(f"{path} cannot be read: {why}") from None

@@ -269,6 +269,7 @@ def test_two_processes_write_one_log_and_evaluate_alike(file, whole):
   assert {r["encoder"] for r in rows} == {"trained", "pixels"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["1x1", "2x4"])
 def test_meshes_and_processes_change_nothing_but_the_rounding(
   file, whole, meshes, tmp_path, mesh
@@ -291,6 +292,7 @@ def test_meshes_and_processes_change_nothing_but_the_rounding(
     assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y) + 1e-5
 
 
+@pytest.mark.slow
 def test_checkpoints_restore_on_other_meshes_and_process_counts(
   file, whole, meshes, tmp_path
 ):

@@ -89,7 +89,15 @@ def config_of(name):
 # The contract that every objective keeps; one compilation serves all of it.
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+# A compilation of each is dear: CI tries all of them.
+FEW = ("ijepa", "pixel_ijepa", "mae", OUTSIDE)
+CONTRACT = [
+  name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
+  for name in OBJECTIVES
+]
+
+
+@pytest.fixture(scope="module", params=CONTRACT)
 def program(request):
   return build(config_of(request.param))
 

@@ -142,6 +142,7 @@ def test_the_quickstart_stopped_at_step_60_of_120_ends_in_the_same_bits(
   )
 
 
+@pytest.mark.slow
 def test_same_seed_same_losses_other_seed_others(run_config, stopped, tmp_path):
   losses = {}
   for name, seed in (("a", 0), ("b", 1)):
@@ -221,6 +222,7 @@ def test_evaluate_command_reads_a_finished_run(finished, tmp_path):
     evaluate.main(evaluate_flags(**flags))
 
 
+@pytest.mark.slow
 def test_evaluate_takes_other_evaluations_and_other_devices(
   finished, tmp_path, capsys
 ):
@@ -302,6 +304,7 @@ def test_what_evaluate_cannot_do_is_one_line(finished, flags, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_final_evaluation_ends_it(
   finished, run_config, tmp_path, monkeypatch, capsys
 ):
@@ -465,6 +468,7 @@ def test_a_file_in_the_place_of_checkpoints_is_named(run_config, tmp_path):
     checkpoints.Checkpoints(tmp_path / "checkpoints", run_config.checkpoint)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_that_the_config_names(run_config, tmp_path):
   run_config.profile.start, run_config.profile.steps = 1, 2
   train.train_and_evaluate(run_config, tmp_path, stop_at=4)
@@ -480,6 +484,7 @@ def test_a_trace_of_the_steps_that_the_config_names(run_config, tmp_path):
   assert len(ends) == 1 + 2
 
 
+@pytest.mark.slow
 def test_utilisation_is_of_a_known_peak_and_left_out_on_a_cpu(
   run_config, stopped, tmp_path, monkeypatch
 ):
@@ -617,6 +622,7 @@ def test_an_empty_folder_is_named_and_leaves_nothing(run_config, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_its_own_code(scenes_dir, tmp_path):
   overrides = {
     "total": "100000 steps",

@@ -88,7 +88,7 @@ def test_ibot_is_two_cross_entropies_with_a_centred_teacher():
   )
 
   class Fixed(type(objective)):
-    def logits(self, *args, **how):
+    def outputs(self, *args, **how):
       return next(said)
 
   fields = {

@@ -158,7 +158,7 @@ class IBOT(objectives.Objective):
     """The centres: running means of the teacher's logits."""
     return {name: jnp.zeros(self.prototypes) for name in ("class", "patches")}
 
-  def logits(self, params, images, ids=None, **how):
+  def outputs(self, params, images, ids=None, **how):
     """Class token's features [B, V, D], its logits, and those of patches ids.
 
     Args:
@@ -183,7 +183,7 @@ class IBOT(objectives.Objective):
   def targets(self, target_params, batch, buffers) -> dict[str, jax.Array]:
     """The teacher's logits of the large views, [B, V, K] and [B, V, T, K]."""
     del buffers
-    found = self.logits(target_params, batch["views"], batch["target_ids"])
+    found = self.outputs(target_params, batch["views"], batch["target_ids"])
     return dict(zip(("features", "class", "patches"), found))
 
   def loss(self, params, targets, batch, rng, buffers) -> objectives.Loss:
@@ -193,7 +193,7 @@ class IBOT(objectives.Objective):
     height, width, _ = self.views.image_shape
     rows, columns = models.patch_grid(height, width, self.encoder.patch_size)
     hits = (ids[..., None] == jnp.arange(rows * columns)) & valid[..., None]
-    _, classes, patches = self.logits(
+    _, classes, patches = self.outputs(
       params,
       batch["views"],
       ids,
@@ -202,7 +202,7 @@ class IBOT(objectives.Objective):
       rngs={"dropout": large},
     )
     if self.views.local_views:
-      _, more, _ = self.logits(
+      _, more, _ = self.outputs(
         params, batch["local_views"], train=True, rngs={"dropout": local}
       )
       classes = jnp.concatenate([classes, more], axis=1)

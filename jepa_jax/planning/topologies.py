@@ -86,6 +86,8 @@ _GPUS = {
   ),
 }
 
+_GPU_SHAPE = r"([1-9]\d*)(?:x([1-9]\d*))?"  # GPUs of a host, hosts
+
 # XLA times its algorithms on the GPU. Without one, all products are cuBLAS's:
 # those that XLA would write itself have no tile sizes then.
 _GPU_OPTIONS = {
@@ -118,9 +120,12 @@ def devices_of(topology: str) -> list[Any]:
 def check(topology: str) -> None:
   """Raises ValueError where no compiler would know a topology."""
   family, _, shape = topology.partition(":")
-  if family not in TOPOLOGIES or not re.fullmatch(r"[1-9]\d*(x\d+)*", shape):
+  sizes = _GPU_SHAPE if family in _GPUS else r"[1-9]\d*(x\d+)*"
+  if family not in TOPOLOGIES or not re.fullmatch(sizes, shape):
+    hint = "give GPUs a host, and hosts if there are several; "
     raise ValueError(
-      f'unknown topology "{topology}"; known: {known_topologies()}.'
+      f'unknown topology "{topology}"; {hint if family in _GPUS else ""}known: '
+      f"{known_topologies()}."
     )
 
 
@@ -159,12 +164,7 @@ def _tpus(family: str, shape: str) -> list[Any]:
 
 
 def _gpus(family: str, shape: str) -> list[Any]:
-  match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
-  if match is None:
-    raise ValueError(
-      f'unknown topology "{family}:{shape}"; give GPUs a host, and hosts if '
-      f"there are several; known: {known_topologies()}."
-    )
+  match = re.fullmatch(_GPU_SHAPE, shape)
   if not any(
     importlib.util.find_spec(f"jax_plugins.{name}")
     for name in ("xla_cuda12", "xla_cuda13")

@@ -206,3 +206,14 @@ def test_names_are_shown_escaped_and_figures_drawn(name, tmp_path, capsys):
   line = (label, np.asarray([1, 2]), np.asarray([3.0, 4.0]))
   figure = figures.line_chart([line, line], title=label)
   assert figures.svg(figure, label, label).startswith("<svg")
+
+
+@pytest.mark.parametrize("part", ["encoder", "predictor"])
+def test_a_networks_argument_that_is_none_is_named(part, tmp_path):
+  config = conftest.small_config()
+  with config.unlocked():
+    config[part].widht = 3
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(config.to_dict()))
+  with pytest.raises(ValueError, match=rf"{part}\.widht.*{part}\.width"):
+    config_lib.read(path)
