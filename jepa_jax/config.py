@@ -117,7 +117,8 @@ def evaluation_data(
   settings: ml_collections.ConfigDict | None,
 ) -> ml_collections.ConfigDict:
   """config.data with what an evaluation changes of it."""
-  data = ml_collections.ConfigDict(config.data)
+  # A mere copy would write through references, such as folder.py's.
+  data = ml_collections.ConfigDict(config.data).copy_and_resolve_references()
   if settings is not None:
     data.update(settings.data)
   return data

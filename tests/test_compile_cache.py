@@ -51,6 +51,7 @@ def environment(**changes):
   return kept | {"PYTHONPATH": path} | changes
 
 
+@pytest.mark.slow
 def test_no_bit_depends_on_it(tmp_path):
   code = "import os, conftest\nos.environ.pop('JAX_COMPILATION_CACHE_DIR')\n"
   code += "import jax\njax.config.update('jax_compilation_cache_dir', None)\n"

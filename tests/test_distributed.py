@@ -324,6 +324,7 @@ def test_checkpoints_restore_on_other_meshes_and_process_counts(
   assert_equal(restore(file, tmp_path / "copy")[1], expected)
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_all_with_a_line(file, tmp_path):
   flags = f"-m jepa_jax.train --config {file} --workdir {tmp_path / 'run'}"
   flags += " --processes 2 --config.batch_size=7"

@@ -285,6 +285,15 @@ def experiment(folder, objective):
   return str(path)
 
 
+def test_what_an_evaluation_changes_of_the_data_is_its_own():
+  config = config_lib.defaults()
+  config.data.image_size = 64
+  config.encoder.patch_size = config.data.get_ref("image_size") // 8
+  settings = config_lib.evaluation("label", image_size=48)
+  assert config_lib.evaluation_data(config, settings).image_size == 48
+  assert config.data.image_size == 64 and config.encoder.patch_size == 8
+
+
 def test_an_objective_brings_its_keys(tmp_path):
   plain, other = (experiment(tmp_path, name) for name in ("", ""))
   own = {name: key.default for name, key in config_table.IJEPA.items()}

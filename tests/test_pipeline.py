@@ -342,6 +342,7 @@ def test_local_views_show_little(tmp_path):
   shape = (1, 60, 24, 24, 3)
   spec = jax.ShapeDtypeStruct(shape, np.uint8)
   settings = config(tmp_path, batch_size=1, local_scale=(0.04, 0.09))
+  given = settings.to_dict()
   spans = {}
   for name in ("views", "local_views"):
     (batch,) = take(pipeline.train_dataset(settings, {name: spec}), 1)
@@ -349,6 +350,7 @@ def test_local_views_show_little(tmp_path):
   # Of a side, at a ratio of 3/4 to 4/3: sqrt(.04 * 3/4) and sqrt(.09 * 4/3).
   assert 0.14 < spans["local_views"].min() < spans["local_views"].max() < 0.36
   assert spans["views"].min() > 0.4
+  assert settings.to_dict() == given  # nobody's settings are written to
 
 
 def test_what_does_not_divide_is_refused(folder):

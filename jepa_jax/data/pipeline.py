@@ -176,7 +176,7 @@ def _decoded(
     count = wanted.shape[1]
     view = np.tile(np.arange(count), len(places))
   if name == "local_views":
-    data = ml_collections.ConfigDict(data)
+    data = ml_collections.ConfigDict(data).copy_and_resolve_references()
     with data.ignore_type():  # of image_size
       data.image_size = tuple(wanted.shape[2:4])
     data.crop_scale = data.local_scale
