@@ -5,7 +5,9 @@ Command:   python -m jepa_jax.train --config experiments/cae_in1k.py:vitb16 \\
 Hardware:  a TPU pod or GPUs; plan it with python -m jepa_jax.plan.
 Expected:  linear probe of CAE's paper, with DALL-E's tokens: vitb16 70.4,
            vitl16 78.1 (1,600 epochs). Here tokens are k-means of patches, and
-           what is hidden are random patches, not blocks.
+           what is hidden are random patches, not blocks. Both figures stand in
+           Table 1 of Assran et al. 2023 (arXiv:2301.08243); the settings are
+           to be checked against CAE's paper.
 Seen:      not run: it needs a pod.
 
 Reference: Chen et al. 2022, appendix, arXiv:2202.03026.

@@ -6,7 +6,9 @@ Hardware:  a TPU pod or GPUs; plan it with python -m jepa_jax.plan.
 Expected:  linear probe of iBOT's paper: vits16 77.9 (800 epochs), vitb16 79.5
            (400), vitl16 81.0 (250). Its targets are blocks of .1 to .5 in half
            of the images and random patches in ViT-L; here they are rectangles
-           of .1 to .4 in all. Colours change alike in every view.
+           of .1 to .4 in all. Colours change alike in every view. Figures and
+           settings are to be checked against the paper, but for vitl16's 81.0
+           (Table 1 of Assran et al. 2023, arXiv:2301.08243).
 Seen:      not run: it needs a pod.
 
 Reference: Zhou et al. 2022, appendix, arXiv:2111.07832.

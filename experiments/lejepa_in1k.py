@@ -5,6 +5,7 @@ Command:   python -m jepa_jax.train \\
 Hardware:  a TPU pod or GPUs; plan it with python -m jepa_jax.plan.
 Expected:  linear probe of LeJEPA's paper: ViT-H/14 79. The other sizes are
            for comparisons at equal trunk; the paper has no figure for them.
+           Figure, batch and epochs are to be checked against the paper.
 Seen:      not run: it needs a pod.
 
 Reference: Balestriero and LeCun 2025, arXiv:2511.08544.
