@@ -231,10 +231,10 @@ def main(arguments: argparse.Namespace) -> int:
   """The command."""
   if bool(arguments.budget) == bool(arguments.minutes):
     raise ValueError("give --budget or --minutes: one of them.")
-  if arguments.budget:
-    operations(arguments.budget)
   workdir = paths.local(arguments.workdir, "--workdir")
   found = methods(arguments.configs, arguments.overrides)
+  if arguments.budget:
+    plan(arguments, workdir, found)  # ValueError before anything is written
   mine = {
     "configs": arguments.configs,
     "budget": arguments.budget,

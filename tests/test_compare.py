@@ -9,9 +9,10 @@ import subprocess
 import sys
 import types
 
+from conftest import build
 import pytest
 
-from jepa_jax import compare, runs
+from jepa_jax import command, compare, runs
 
 FILE = """
 from conftest import small_config
@@ -91,6 +92,10 @@ def test_a_budget_of_operations_gives_each_its_steps(
 ):
   found = compare.methods(files, [])
   ijepa, mae = (method.flops for method in found)
+  for file, method in zip(files, found):
+    config = command.load_config(file, [])
+    of_an_image = build(config).objective.flops()
+    assert method.flops == config.batch_size * of_an_image  # a step's
   assert ijepa != mae
   workdir = tmp_path / "out"
   flags = arguments(files, workdir, budget=f"{100.2 * ijepa}FLOPs")
@@ -185,6 +190,7 @@ def test_what_cannot_be_compared_is_refused(changes, message, files, tmp_path):
     configs = [f"{path}:{name}" for name in names]
   with pytest.raises(ValueError, match=message):
     compare.main(arguments(configs, tmp_path / "out", **changes))
+  assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_it_lacks():
