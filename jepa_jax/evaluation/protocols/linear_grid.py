@@ -106,8 +106,8 @@ def linear_grid(
     ValueError: shapes disagree, labels are not integers, fewer than two
       classes, or no such holdout.
 
-  Reference: Assran et al. 2023, appendix A, arXiv:2301.08243. TRANSFER is in the
-    manner of VISSL; its values are to be checked against it.
+  Reference: Assran et al. 2023, appendix A, arXiv:2301.08243. TRANSFER is in
+    the manner of VISSL; its values are to be checked against it.
     Differs: BatchNorm has no scale and shift of its own, which the linear
     layer has, and is scored by the statistics of all training images; a small
     set has smaller batches.
