@@ -69,6 +69,7 @@ class _Parts(NamedTuple):
 def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
   """Trains from the newest checkpoint on; the exit code."""
   from jepa_jax.evaluation import run as evaluation
+  from jepa_jax.evaluation import scores
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import feed
   from jepa_jax.training import log as log_lib
@@ -115,7 +116,7 @@ def _run(parts: _Parts, workdir: pathlib.Path, end: int) -> int:
           f"jepa_jax.evaluate --workdir {workdir}"
         )
         return command.EXIT_PREEMPTED
-      log.write(loop.step, evaluation.scores(rows))
+      log.write(loop.step, scores.scores(rows))
     evaluation.report(program, loop.state, rows, workdir)
   distributed.barrier("done")
   return 0
@@ -267,6 +268,7 @@ def _train(
   """Trains until `end` or a signal; saves and evaluates where it is due."""
   from jepa_jax import config as config_lib
   from jepa_jax.evaluation import run as evaluation
+  from jepa_jax.evaluation import scores
 
   config = program.config
   save_every, evaluate_every = (
@@ -287,11 +289,9 @@ def _train(
       except distributed.Stopped:
         log.say(f"the evaluation of step {loop.step} is left out")
         return
-      log.write(loop.step, evaluation.scores(rows))
+      log.write(loop.step, scores.scores(rows))
       loop.meter.check()
-      checkpoints.save(
-        loop.state, evaluation.best(rows, config), loop.meter.losses
-      )
+      checkpoints.save(loop.state, scores.best(rows, config), loop.meter.losses)
       loop.meter.pause()
     elif save_every and loop.step % save_every == 0:
       loop.meter.check()

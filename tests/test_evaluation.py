@@ -11,7 +11,7 @@ import pytest
 
 from jepa_jax import config as config_lib
 from jepa_jax.data import folder as folder_lib
-from jepa_jax.evaluation import encoders, protocols
+from jepa_jax.evaluation import encoders, protocols, scores
 from jepa_jax.evaluation import run as evaluation
 from jepa_jax.evaluation.protocols import protocol
 from jepa_jax.training import distributed, sharding
@@ -81,7 +81,7 @@ def test_the_distance_of_the_nearest_object_is_regressed(run_config, evaluate):
   # Even a random encoder sees a part of it; distances vary by about one unit.
   assert 0.1 < rows[0]["r2"] < 1 and 0.3 < rows[2]["r2"] < 1
   assert 0.4 < rows[0]["baseline_rmse"] < 3
-  assert evaluation.scores(rows) == {"eval/near/ridge last": rows[0]["r2"]}
+  assert scores.scores(rows) == {"eval/near/ridge last": rows[0]["r2"]}
 
 
 def test_noise_is_classified_at_chance(run_config, evaluate, tmp_path, capsys):
@@ -234,12 +234,12 @@ def test_a_protocol_from_elsewhere_needs_no_label(run_config, evaluate):
   )
   rows = evaluate(run_config)
   assert all(row["spread"] > 0 for row in rows)
-  assert evaluation.best(rows, run_config) == -rows[0]["spread"]
+  assert scores.best(rows, run_config) == -rows[0]["spread"]
 
 
 def test_patches_are_probed_beside_what_is_averaged(run_config, evaluate):
   run_config.evaluations.near = config_lib.evaluation(
-    "shapes", protocols=("segmentation", "health")
+    "shapes", protocols=("segmentation", "health", "lidar")
   )
   run_config.evaluations.near.features = ("last",)
   rows = evaluate(run_config)
@@ -250,11 +250,16 @@ def test_patches_are_probed_beside_what_is_averaged(run_config, evaluate):
     ("health", "trained", "last"),
     ("health", "random", "last"),
     ("health", "pixels", "pixels"),
+    ("lidar", "trained", "last"),
+    ("lidar", "random", "last"),
+    ("lidar", "pixels", "pixels"),
   ]
+  assert all(r["views"] == 10 and r["lidar"] > 1 for r in rows[6:])
+  assert rows[6]["lidar"] != rows[8]["lidar"]
   assert all(0 < row["miou"] < 100 for row in rows[:3])
   run_config.checkpoint.best_metric = "near/segmentation/patches"
   evaluation.check(run_config)
-  assert evaluation.best(rows, run_config) == rows[0]["miou"]
+  assert scores.best(rows, run_config) == rows[0]["miou"]
 
 
 def test_the_best_checkpoint_is_chosen_by_the_row():
@@ -279,12 +284,12 @@ def test_the_best_checkpoint_is_chosen_by_the_row():
   choose = lambda name: types.SimpleNamespace(
     checkpoint=types.SimpleNamespace(best_metric=name)
   )
-  assert evaluation.best(rows, choose("")) == 4
-  assert evaluation.best(rows, choose("x/b/last")) == -3
+  assert scores.best(rows, choose("")) == 4
+  assert scores.best(rows, choose("x/b/last")) == -3
   with pytest.raises(ValueError, match="known: x/a/last, x/b/last"):
-    evaluation.best(rows, choose("x/c/last"))
-  assert evaluation.best([], choose("")) is None
-  assert evaluation.scores(rows) == {"eval/x/a last": 4, "eval/x/b last": 3}
+    scores.best(rows, choose("x/c/last"))
+  assert scores.best([], choose("")) is None
+  assert scores.scores(rows) == {"eval/x/a last": 4, "eval/x/b last": 3}
 
 
 def test_protocols_of_shipped_experiments_and_defaults_are_in_the_table():

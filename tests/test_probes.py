@@ -19,6 +19,7 @@ CLASSES = [
   x
   for x in protocols.PROTOCOLS.values()
   if x.label == "class"
+  and x.score == "top1"
   and not x.name.startswith(("linear_", "low_shot"))
   and not (x.patches or x.logits)
 ]
@@ -526,6 +527,17 @@ def test_rows_say_what_their_protocols_return(row):
       "logits": np.random.default_rng(seed).normal(size=(n, 3)),
     }
   kind = protocols.PATCHES if row.patches else "last"
+  if row.test_variants:
+    plain, noise = make, np.random.default_rng(0).normal(size=(90, 5))
+    make = lambda n, seed: (
+      (examples := plain(n, seed))
+      | {
+        "variants": {
+          name: examples["features"] + i * noise[:n]
+          for i, name in enumerate(row.test_variants)
+        }
+      }
+    )
   (said,) = protocols.table(
     "x",
     {("trained", kind): (make(90, 1), make(40, 2))},

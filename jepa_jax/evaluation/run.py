@@ -23,6 +23,7 @@ from jepa_jax.data import unreadable as unreadable_lib
 from jepa_jax.evaluation import encoders, features, label_checks, protocols
 from jepa_jax.evaluation import pictures as pictures_lib
 from jepa_jax.evaluation import report as report_lib
+from jepa_jax.evaluation import variants as variants_lib
 from jepa_jax.training import distributed, log, sharding
 
 NAMED = 10  # unreadable images that are named, at most
@@ -232,15 +233,25 @@ def _on_one_data_set(config, mesh, encode, widths, members, logits, check):
   """Rows by evaluation; all members read the same data set."""
   data = config_lib.evaluation_data(config, next(iter(members.values())))
   splits: dict[str, set[str]] = {}  # and the labels that are read of each
+  changed: dict[str, set[str]] = {}  # and how its images are changed besides
   for settings in members.values():
-    for split in (settings.train, settings.test):
+    rows = [protocols.find(protocol) for protocol in settings.protocols]
+    for split, kinds in (
+      (settings.train, [row.train_variants for row in rows]),
+      (settings.test, [row.test_variants for row in rows]),
+    ):
       splits.setdefault(split, set()).update(label_checks.names(settings))
+      changed.setdefault(split, set()).update(*kinds)
   names = {
     label: labels.class_names(data, list(splits), label)
     for label in sorted(set().union(*splits.values()))
   }
   found = {
-    split: _features(config, mesh, encode, data, split, wanted, names, check)
+    split: _features(
+      *(config, mesh),
+      variants_lib.encoders(encode, widths, changed[split]),
+      *(data, split, wanted, names, check),
+    )
     for split, wanted in splits.items()
   }
   tables = {
@@ -316,6 +327,8 @@ def _examples(config, settings, found, widths, logits=None):
         side["logits"] = np.asarray(of_head)
     if kind not in ("pixels", protocols.PATCHES):
       side["width"] = widths[encoder]
+    if kind != protocols.PATCHES:
+      side["variants"] = variants_lib.of(encoder, all_features, columns)
     if label_checks.names(settings):
       side["labels"] = found[split]["labels"][settings.label]
     return side
@@ -332,35 +345,6 @@ def _examples(config, settings, found, widths, logits=None):
       *more,
     )
   }
-
-
-def scores(rows: Rows) -> dict[str, float]:
-  """Rows as metrics of the log: "eval/<name>/<protocol> <features>"."""
-  return {
-    f"eval/{row['evaluation']}/{row['protocol']} {row['features']}": row[
-      row["score"]
-    ]
-    for row in rows
-    if row["encoder"] == "trained"
-  }
-
-
-def best(rows: Rows, config: ml_collections.ConfigDict) -> float | None:
-  """The score that keeps the best checkpoint, None without evaluations.
-
-  Larger is better: a score of which less is better is negated.
-  """
-  named = {
-    f"{row['evaluation']}/{row['protocol']}/{row['features']}": row
-    for row in rows
-    if row["encoder"] == "trained"
-  }
-  if not named:
-    return None
-  wanted = config.checkpoint.best_metric or next(iter(named))
-  config_lib.choose("checkpoint.best_metric", wanted, named)
-  row = named[wanted]
-  return row[row["score"]] * (1 if row["higher_is_better"] else -1)
 
 
 def report(

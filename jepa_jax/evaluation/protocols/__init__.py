@@ -24,12 +24,15 @@ from jepa_jax.evaluation.protocols import (
   health,
   knn,
   knn_grid,
+  lidar,
   linear,
   linear_grid,
   low_shot,
   multilabel,
   protocol,
+  retrieval,
   ridge,
+  robustness,
 )
 
 PATCHES = "patches"  # the kind of features of protocols that take them
@@ -42,6 +45,9 @@ PROTOCOLS: dict[str, protocol.Protocol] = {
     multilabel.ROW,
     knn_grid.ROW,
     health.ROW,
+    lidar.ROW,
+    retrieval.ROW,
+    robustness.ROW,
     *linear_grid.ROWS,
     attentive.ROW,
     head.ROW,

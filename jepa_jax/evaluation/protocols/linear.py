@@ -3,7 +3,7 @@
 Axes: n training images, B test images, D features, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -77,8 +77,8 @@ def fit(
   seed: int = 0,
   max_iterations: int = 300,
   tolerance: float = 2e-4,
-) -> tuple[dict[str, Any], np.ndarray]:
-  """`linear_probe`, and the class that it gives each test image, [B]."""
+) -> tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]:
+  """`linear_probe`, and a function from features [B, D] to classes [B]."""
   protocol.check(train, test, "class")
   if not 0 < holdout < 1 or not strengths or min(strengths) <= 0:
     raise ValueError(
@@ -114,7 +114,9 @@ def fit(
     "converged": bool(outcome.success),
     "iterations": int(outcome.nit),
   }
-  return metrics, classes[scores_of_test.argmax(axis=1)]
+  return metrics, lambda features: classes[
+    regression.logits(features, *parameters).argmax(axis=1)
+  ]
 
 
 def _along_path(fit, strengths, targets, held_out):

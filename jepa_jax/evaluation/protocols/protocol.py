@@ -42,6 +42,8 @@ class Protocol:
       "grid" (h, w) beside them, N = h w; else those averaged.
     logits: whether it takes "logits" [n, K] of an objective that classifies,
       and so is not for random encoders or pixels.
+    train_variants, test_variants: names of variants.apply; the features of the
+      images so changed are in "variants", {name: [n, D]}, of train and of test.
   """
 
   name: str
@@ -53,6 +55,8 @@ class Protocol:
   label: str
   patches: bool = False
   logits: bool = False
+  train_variants: tuple[str, ...] = ()
+  test_variants: tuple[str, ...] = ()
 
   def takes(self, dtype: Any, rank: int) -> bool:
     """Whether a label fits.

@@ -1,0 +1,39 @@
+"""Rows of evaluations as metrics of the log, and as what judges a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from jepa_jax import config as config_lib
+
+
+def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Rows as metrics of the log: "eval/<name>/<protocol> <features>"."""
+  return {
+    f"eval/{row['evaluation']}/{row['protocol']} {row['features']}": row[
+      row["score"]
+    ]
+    for row in rows
+    if row["encoder"] == "trained"
+  }
+
+
+def best(
+  rows: Sequence[Mapping[str, Any]], config: ml_collections.ConfigDict
+) -> float | None:
+  """The score that keeps the best checkpoint, None without evaluations.
+
+  Larger is better: a score of which less is better is negated.
+  """
+  named = {
+    f"{row['evaluation']}/{row['protocol']}/{row['features']}": row
+    for row in rows
+    if row["encoder"] == "trained"
+  }
+  if not named:
+    return None
+  wanted = config.checkpoint.best_metric or next(iter(named))
+  config_lib.choose("checkpoint.best_metric", wanted, named)
+  row = named[wanted]
+  return row[row["score"]] * (1 if row["higher_is_better"] else -1)
