@@ -1,4 +1,4 @@
-"""Rows of evaluations as metrics of the log, and as what judges a checkpoint."""
+"""Rows of evaluations as metrics of the log, and what judges a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import ml_collections
 
 from jepa_jax import config as config_lib
 
+Rows = Sequence[Mapping[str, Any]]  # of evaluations.json
 
-def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+
+def scores(rows: Rows) -> dict[str, float]:
   """Rows as metrics of the log: "eval/<name>/<protocol> <features>"."""
   return {
     f"eval/{row['evaluation']}/{row['protocol']} {row['features']}": row[
@@ -19,9 +21,7 @@ def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   }
 
 
-def best(
-  rows: Sequence[Mapping[str, Any]], config: ml_collections.ConfigDict
-) -> float | None:
+def best(rows: Rows, config: ml_collections.ConfigDict) -> float | None:
   """The score that keeps the best checkpoint, None without evaluations.
 
   Larger is better: a score of which less is better is negated.
