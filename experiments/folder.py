@@ -48,7 +48,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
   c.log_every = "10 steps"
   c.checkpoint.every = "10 epochs"
-  if _is_labelled(variant):
+  from jepa_jax.data import folder
+
+  if folder.is_labelled(variant):
     c.evaluations.classes = config.evaluation("label")
   return c
 
@@ -61,16 +63,3 @@ class _Parts:
 
   def __rfloordiv__(self, size: int | tuple[int, int]) -> int:
     return (min(size) if isinstance(size, tuple) else size) // self._n
-
-
-def _is_labelled(folder: str) -> bool:
-  """Whether a probe can learn classes, and be scored on others' images."""
-  from jepa_jax.data import folder as folder_lib
-
-  train = folder_lib.FolderSource(folder, "train")
-  if not train.classes or len({*train.labels.tolist()}) < 2:
-    return False
-  try:
-    return len(folder_lib.FolderSource(folder, "test")) > 0
-  except ValueError:  # too few images to hold any out
-    return False

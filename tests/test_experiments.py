@@ -39,7 +39,11 @@ EXPERIMENTS += [
     if name != "ijepa"
   ),
 ]
-EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16", "folder:PICTURES"]
+EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16"]
+# Those whose variant is a name of data, which may be any.
+OF_ANY_DATA = ["folder:PICTURES", "small:PICTURES,32,18", "small:PICTURES"]
+OF_ANY_DATA += ["small:scenes", "small:fashion_mnist", "small:stl10,96,5000"]
+EXPERIMENTS += OF_ANY_DATA
 
 
 @functools.cache
@@ -59,7 +63,8 @@ def pictures():
 
 def load(name, *overrides):
   file, _, variant = name.partition(":")
-  variant = str(pictures()) if variant == "PICTURES" else variant
+  if "PICTURES" in variant:
+    variant = variant.replace("PICTURES", str(pictures()))
   path = str(FOLDER / f"{file}.py")
   return command.load_config(
     f"{path}:{variant}" if variant else path, overrides
@@ -92,7 +97,7 @@ def test_released_shapes():
   assert shapes.target_patches == 54
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS[:-1])
+@pytest.mark.parametrize("name", EXPERIMENTS[: -len(OF_ANY_DATA)])
 def test_unknown_variants_are_named(name):
   file = name.partition(":")[0]
   with pytest.raises(ValueError, match="unknown variant"):
@@ -165,6 +170,26 @@ def test_a_folder_of_pictures_is_all_that_its_experiment_needs(tmp_path):
   # 3 epochs of what is not held out, in batches of 8.
   steps = 3 * table[0]["n_train"] // 8
   assert json.loads((tmp_path / "run.json").read_text())["steps"] == steps
+
+
+def test_the_recipe_for_small_data_follows_size_and_number():
+  grid = lambda c: c.data.image_size // c.encoder.patch_size
+  folder, scenes = load("small:PICTURES,32,18"), load("small:scenes")
+  assert (folder.data.source, grid(folder), folder.total) == (
+    "folder", 4, "400 epochs",
+  )  # fmt: skip
+  assert [*folder.evaluations] == ["label"]
+  assert (scenes.data.source, grid(scenes)) == ("scenes", 8)
+  assert [*scenes.evaluations] == ["count", "distance"]
+  fashion, other = load("small:fashion_mnist"), load("small:stl10,96")
+  assert (fashion.data.channels, fashion.total) == (1, "42 epochs")
+  assert (other.data.source, other.encoder.patch_size) == ("tfds", 12)
+  assert other.total == "80000 steps"
+  for variant in ("scenes,", "scenes,a", "scenes,64,8000,3", ",64"):
+    with pytest.raises(ValueError, match="needs DATA, DATA,SIZE"):
+      load(f"small:{variant}")
+  with pytest.raises(ValueError, match="such as 64 or 72"):
+    load("small:scenes,66")
 
 
 def test_a_folder_without_classes_is_not_probed(tmp_path):

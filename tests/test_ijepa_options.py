@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_program import make_batch
+from test_program import config_of, make_batch
 
 from jepa_jax import config as config_lib
 from jepa_jax import models, objectives
@@ -79,6 +79,21 @@ def test_terms_are_added_with_their_weights(plain):
     found.total / found.weight - base.total / base.weight, expected, rtol=1e-4
   )
   assert not {*weights} & {*base.metrics}
+
+
+def test_pixels_may_be_targets_as_they_are():
+  config = config_of("pixel_ijepa")
+  config.method.target_norm = "none"
+  objective = objectives.load("pixel_ijepa").from_config(config)
+  params = jax.jit(objective.init)(jax.random.key(0))
+  batch = jax.tree.map(jnp.asarray, make_batch(Spec(objective)))
+  targets, found = loss(objective, params, batch)
+  goal = jnp.where(batch["target_valid"][..., None], targets, 0.0)
+  none = jax.tree.map(jnp.zeros_like, params["predictor"]["project"])
+  params["predictor"]["project"] = none  # all predictions are 0
+  _, found = loss(objective, params, batch)
+  expected = ijepa.elementwise_loss(goal, objective.loss_name).sum()
+  np.testing.assert_allclose(found.total, expected, rtol=1e-4)
 
 
 def whole_images(objective, params, batch, **how):

@@ -50,6 +50,17 @@ _NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 _SPLITS = {"val", "valid", "validation", "test"}  # folders beside "train"
 
 
+def is_labelled(root: str) -> bool:
+  """Whether a probe can learn classes, and be scored on others' images."""
+  train = FolderSource(root, "train")
+  if not train.classes or len({*train.labels.tolist()}) < 2:
+    return False
+  try:
+    return len(FolderSource(root, "test")) > 0
+  except ValueError:  # too few images to hold any out
+    return False
+
+
 class FolderSource:
   """Image files below a folder, in sorted order.
 

@@ -1,7 +1,7 @@
 """I-JEPA with pixels as targets: the paper's ablation of its target encoder.
 
-The predictor says the pixels of the target patches, normalised a patch, so
-nothing is averaged; all else is I-JEPA's.
+The predictor says the pixels of the target patches, normalised a patch or not,
+so nothing is averaged; all else is I-JEPA's.
 
 Reference: Assran et al. 2023, table 7, arXiv:2301.08243 (1 % of the labels,
 L/16: 40.7 against 66.9 of predicted representations).
@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import ml_collections
 
-from jepa_jax import models
+from jepa_jax import config_table, keys, models
 from jepa_jax.objectives import ijepa
 
 
@@ -21,7 +21,16 @@ from jepa_jax.objectives import ijepa
 class PixelIJEPA(ijepa.IJEPA):
   """See above; attributes are those of IJEPA."""
 
-  keys: ClassVar = {}  # what I-JEPA's change is the target encoder's
+  keys: ClassVar = {
+    name: config_table.IJEPA[name]
+    for name in ("variance", "covariance", "sigreg")
+  } | {
+    "target_norm": keys.Key(
+      "layer",
+      keys.Choice(("layer", "none")),
+      "of the pixels of a patch: mean 0 and variance 1, or as they are",
+    )
+  }
 
   @staticmethod
   def target_width(config: ml_collections.ConfigDict) -> int:
