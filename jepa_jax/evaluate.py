@@ -64,6 +64,7 @@ def _evaluate_run(arguments, check):
   from jepa_jax import config as config_lib
   from jepa_jax.evaluation import report as report_lib
   from jepa_jax.evaluation import run as evaluation
+  from jepa_jax.evaluation import side_by_side
   from jepa_jax.training import checkpoints as checkpoints_lib
   from jepa_jax.training import compile_cache
   from jepa_jax.training import program as program_lib
@@ -73,10 +74,11 @@ def _evaluate_run(arguments, check):
   if not path.exists():
     raise ValueError(f"{workdir} holds no run: there is no {path}.")
   if arguments.report_only:
-    if arguments.only or arguments.step is not None or arguments.overrides:
+    others = arguments.only or arguments.step is not None or arguments.overrides
+    if others or arguments.format != "text":
       raise ValueError(
         "--report_only writes the page from what is there; give it neither "
-        "--only nor --step nor --config.KEY=VALUE."
+        "--only nor --step nor --format nor --config.KEY=VALUE."
       )
     print(f"report: {paths.printable(str(report_lib.write(workdir)))}")
     return
@@ -107,6 +109,8 @@ def _evaluate_run(arguments, check):
     print(f"evaluating step {int(state.step)}", file=sys.stderr)
   rows = evaluation.evaluate(program, state, names, check=check)
   evaluation.report(program, state, rows, workdir)
+  if arguments.format != "text" and not jax.process_index():
+    print(side_by_side.FORMATS[arguments.format](rows))
 
 
 def _check_step(folder: Any, step: int | None) -> None:
@@ -154,7 +158,7 @@ def _compare(arguments, check):
   from jepa_jax import pretrained
   from jepa_jax.convert import formats
   from jepa_jax.evaluation import run as evaluation
-  from jepa_jax.evaluation import side_by_side
+  from jepa_jax.evaluation import scores, side_by_side
   from jepa_jax.training import compile_cache, log
 
   config = _asked(arguments)
@@ -176,8 +180,12 @@ def _compare(arguments, check):
   rows = side_by_side.evaluate(models, config, _mesh(config, []), names, check)
   if jax.process_index():
     return
+  rows, lists = scores.split_lists(rows)
   lines = "".join(json.dumps(row) + "\n" for row in rows)
   log.write_whole(out, lines)
+  if lists:
+    lists_path = out.with_name(out.stem + "_low_shot.json")
+    log.write_whole(lists_path, json.dumps(lists) + "\n")
   print(side_by_side.FORMATS[arguments.format](rows))
   print(f"every number: {out}", file=sys.stderr)
 
@@ -291,7 +299,7 @@ if __name__ == "__main__":
     "--format",
     default="text",
     choices=("text", "markdown", "latex"),
-    help="of the table of --weights",
+    help="of the table of --weights, or of one that is printed besides",
   )
   keys.add_flag(
     flags,
@@ -303,7 +311,7 @@ if __name__ == "__main__":
   )
   distributed.add_flags(flags)
   needs = {name: "--data" for name in ("--label", "--train", "--test")}
-  needs |= {name: "--weights" for name in ("--format", "--out")}
+  needs |= {name: "--weights" for name in ("--out",)}
   needs |= {name: "--workdir" for name in ("--step", "--report_only")}
   needs["--protocols"] = "--data"
   command.run(main, flags, tune_allocator=True, needs=needs)

@@ -113,6 +113,25 @@ def test_separable_classes_are_told_apart(row):
   assert len(found["cells"]) == 2 * len(row.run.keywords["recipe"].lrs) * 2
 
 
+def test_a_step_sees_one_of_an_images_crops():
+  """Each of them comes, of the right image; without crops it is the image."""
+  train = test_probes.blobs(30, 5, 3, 0.1)
+  train["variants"] = {
+    f"crop {i}": train["features"] + 100 * (i + 1) for i in range(4)
+  } | {"view 0": np.zeros((30, 5))}
+  rows = np.arange(24).reshape(4, 6) % 7
+  seen = linear_grid._Grid(train, linear_grid.CROPS, 3, 0)._seen(
+    train["features"], rows, np.random.default_rng(0)
+  )
+  shift = seen - train["features"][rows]
+  assert set(np.unique(shift.round())) == {100, 200, 300, 400}
+  assert (np.ptp(shift, axis=-1) < 1e-3).all() and seen.shape == (4, 6, 5)
+  plain = linear_grid._Grid(train, linear_grid.IMAGENET, 3, 0)
+  np.testing.assert_array_equal(
+    plain._seen(train["features"], rows, None), train["features"][rows]
+  )
+
+
 def test_what_cannot_be_probed_is_refused():
   train = test_probes.blobs(30, 5, 1, 0.1)
   with pytest.raises(ValueError, match="got 1 class in 30 training images"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import test_probes
 
-from jepa_jax.evaluation import bank
+from jepa_jax.evaluation import bank, scores
 from jepa_jax.evaluation.protocols import (
   health,
   knn_grid,
@@ -92,6 +92,9 @@ def test_alpha_is_the_exponent_of_a_power_law(alpha):
   right, _ = np.linalg.qr(random.normal(size=(40, 40)))
   features = (left * values) @ right.T + 5  # centred by the measure
   assert health.alpha_req(features) == pytest.approx(alpha, rel=1e-6)
+  shares = values**2 / np.sum(values**2)
+  np.testing.assert_allclose(health.spectrum(features), shares, rtol=1e-9)
+  assert not health.spectrum(np.ones((9, 4))).any()
 
 
 def test_uniformity_of_known_points():
@@ -111,6 +114,8 @@ def test_collapsed_features_are_told_from_healthy_ones():
   assert good["rankme"] > 25 and bad["rankme"] < 1.5
   assert good["uniformity"] < -3 and bad["uniformity"] > -1e-3
   assert (good["n_test"], good["width"]) == (200, 30)
+  assert good["spectrum"] == sorted(good["spectrum"], reverse=True)
+  assert len(good["spectrum"]) == 30 and sum(good["spectrum"]) < 1.0001
   with pytest.raises(ValueError, match="2 images"):
     health.health({}, {"features": np.zeros((2, 3))})
 
@@ -140,3 +145,16 @@ def test_low_shot_is_the_mean_of_draws_whose_lists_are_kept():
   assert low_shot.low_shot(hard, test, amount=0.05, seed=4) == found
   with pytest.raises(ValueError, match="0 draws of 2"):
     low_shot.low_shot(train, test, amount=2, draws=0)
+
+
+def test_lists_of_images_have_a_place_of_their_own():
+  row = {"evaluation": "x", "protocol": "low_shot_1", "top1": 5.0}
+  rows = [
+    row | {"encoder": "trained", "lists": [[1, 2], [3]]},
+    row | {"encoder": "random", "lists": [[1, 2], [3]]},
+    {"evaluation": "x", "protocol": "knn", "top1": 7.0},
+  ]
+  kept, lists = scores.split_lists(rows)
+  assert lists == {"x/low_shot_1": [[1, 2], [3]]}
+  assert [set(x) & {"lists", "top1"} for x in kept] == [{"top1"}] * 3
+  assert scores.split_lists(kept) == (kept, {})

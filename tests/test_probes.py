@@ -6,6 +6,7 @@ import pytest
 
 from jepa_jax.evaluation import protocols
 from jepa_jax.evaluation.protocols import (
+  accuracy,
   knn,
   linear,
   multilabel,
@@ -602,4 +603,25 @@ def test_accuracies_of_classes_go_by_their_names():
     progress=False,
   )
   assert row["per_class"] == {"ant": 100, "bee": 100, "cat": 100}
+  counts = np.bincount(test["labels"]).tolist()
+  names = ["ant", "bee", "cat"]
+  assert row["confusion"] == {x: {x: n} for x, n in zip(names, counts)}
   assert row["classes"] == 3
+
+
+def test_what_each_class_is_taken_for_by_hand():
+  """Rows are the true classes; one that training lacks is a row as well."""
+  train = {"labels": np.asarray([3, 5, 9])}
+  test = {"labels": np.asarray([3, 3, 3, 5, 9, 9, 7])}
+  scores = np.eye(3)[[0, 1, 1, 1, 0, 2, 2]]
+  found = accuracy.accuracies(scores, np.asarray([3, 5, 9]), train, test)
+  assert found["confusion"] == {
+    "3": {"3": 1, "5": 2},
+    "5": {"5": 1},
+    "7": {"9": 1},
+    "9": {"3": 1, "9": 1},
+  }
+  many = np.arange(accuracy.CONFUSED + 1)
+  sides = {"labels": many}, {"labels": many}
+  found = accuracy.accuracies(np.eye(len(many)), many, *sides)
+  assert "confusion" not in found and len(found["per_class"]) == len(many)

@@ -387,6 +387,7 @@ def test_a_table_says_chance_classes_top5_train_and_each_class(tmp_path):
   more = {
     "majority": 13.5, "classes": 8, "top5": 91.0, "train_top1": 66.5,
     "per_class": {"ant": 70.0, "über-bee": 20.0}, "skipped": 3, "unseen": 4,
+    "confusion": {"ant": {"ant": 7, "über-bee": 3}, "über-bee": {"fly": 9}},
   }  # fmt: skip
   rows = [
     row("count", "trained", 50) | more,
@@ -406,8 +407,27 @@ def test_a_table_says_chance_classes_top5_train_and_each_class(tmp_path):
   ]
   (tmp_path / "evaluations.json").write_text(json.dumps(rows))
   page = report.write(tmp_path).read_text()
+  assert part["confusion"]["columns"] == ["ant", "über-bee", "fly"]
+  assert part["confusion"]["rows"][0] == ["ant", [(7, 0.7), (3, 0.3), (0, 0.0)]]
+  assert page.count('<td style="--share:') == 6 and "--share: 30%" in page
   assert 'style="width: 70.0%"' in page and 'style="left: 33.0%"' in page
   assert "last4</i> those of the last four layers" in page
+
+
+def test_spectra_of_features_are_drawn(tmp_path):
+  rows = [
+    row("x", "trained", 5) | {"spectrum": [0.9, 0.09, 0.01, 0.0]},
+    row("x", "random", 4) | {"spectrum": [0.5, 0.5]},
+    row("y", "trained", 4) | {"spectrum": ["no"]},
+  ]
+  (part,) = verdict.spectra(rows)
+  assert part["lines"] == [
+    ("trained", [0.9, 0.09, 0.01]), ("random", [0.5, 0.5]),
+  ]  # fmt: skip
+  (tmp_path / "evaluations.json").write_text(json.dumps(rows))
+  page = report.write(tmp_path).read_text()
+  assert "x last: spectrum" in page
+  assert "spectrum0" in page and "spectrum1" not in page and "rank" in page
 
 
 def test_charts_have_words_for_names_and_none_comes_twice(tmp_path):

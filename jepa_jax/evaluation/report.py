@@ -79,6 +79,7 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
     facts=_facts(run or {}, metrics),
     probes=verdict_lib.table(rows),
     classes=verdict_lib.per_class(rows),
+    spectra=_spectra(rows),
     others=others,
     other_keys=list(dict.fromkeys(key for row in others for key in row)),
     evaluations_problem=rows_problem,
@@ -199,6 +200,27 @@ def _features(pictures, problem):
     for i in range(len(images))
   ]
   return {"problem": "", "strips": strips, "notes": notes}
+
+
+def _spectra(rows):
+  """Charts of the eigenvalues of features, by rank."""
+  charts = []
+  for i, part in enumerate(verdict_lib.spectra(rows)):
+    series = [
+      (name, np.arange(1, len(x) + 1), np.log10(x)) for name, x in part["lines"]
+    ]
+    figure = figures.line_chart(series)
+    figure.axes[0].set_xlabel("rank", fontsize=11, labelpad=2)
+    title = f"{part['evaluation']} {part['features']}: spectrum"
+    names = [name for name, _ in part["lines"]]
+    charts.append(
+      {
+        "title": title,
+        "names": names,
+        "svg": figures.svg(figure, f"spectrum{i}", title),
+      }
+    )
+  return charts
 
 
 def _picture(pixels, caption, *, smooth=False):

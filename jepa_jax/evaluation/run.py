@@ -20,7 +20,13 @@ from jepa_jax import config as config_lib
 from jepa_jax import models, objectives, paths
 from jepa_jax.data import labels, pipeline, sources
 from jepa_jax.data import unreadable as unreadable_lib
-from jepa_jax.evaluation import encoders, features, label_checks, protocols
+from jepa_jax.evaluation import (
+  encoders,
+  features,
+  label_checks,
+  protocols,
+  scores,
+)
 from jepa_jax.evaluation import pictures as pictures_lib
 from jepa_jax.evaluation import report as report_lib
 from jepa_jax.evaluation import variants as variants_lib
@@ -354,8 +360,12 @@ def report(
   arrays = pictures_lib.pictures(program, state)
   if jax.process_index():
     return None
+  rows, lists = scores.split_lists(rows)
   text = json.dumps(rows, indent=2) + "\n"
   log.write_whole(workdir / "evaluations.json", text)
+  if lists:
+    text = json.dumps(lists) + "\n"
+    log.write_whole(workdir / "low_shot.json", text)
   packed = io.BytesIO()
   np.savez_compressed(packed, **arrays)
   log.write_whole(workdir / "pictures.npz", packed.getvalue())

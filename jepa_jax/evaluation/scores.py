@@ -37,3 +37,21 @@ def best(rows: Rows, config: ml_collections.ConfigDict) -> float | None:
   config_lib.choose("checkpoint.best_metric", wanted, named)
   row = named[wanted]
   return row[row["score"]] * (1 if row["higher_is_better"] else -1)
+
+
+def split_lists(rows: Rows) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Rows without their lists of images, and those lists.
+
+  Args:
+    rows: of which some have "lists", the numbers of the training images of each
+      draw. All encoders and features of a protocol have the same.
+
+  Returns:
+    The rows, and {evaluation/protocol: lists}.
+  """
+  lists = {
+    f"{row['evaluation']}/{row['protocol']}": row["lists"]
+    for row in rows
+    if "lists" in row
+  }
+  return [{k: x for k, x in r.items() if k != "lists"} for r in rows], lists

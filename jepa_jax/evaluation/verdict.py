@@ -183,7 +183,9 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
   Returns:
     Dicts with evaluation, title, features, what (is measured) and classes:
-    dicts with name, trained, and random (None where there is none), in percent.
+    dicts with name, trained, and random (None where there is none), in percent;
+    and confusion, of the trained encoder: None, or names of columns and rows,
+    [name, [(count, share of the row)]].
   """
   found = {}  # by evaluation: its protocol, and rows by features and encoder
   for row in map(_judged, filter(compares, rows)):
@@ -208,6 +210,7 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
         "what": "average precision of each class"
         if trained["score"] == "mAP"
         else "test images of each class that are right",
+        "confusion": _confusion(trained.get("confusion")),
         "classes": [
           {
             "name": name,
@@ -220,6 +223,49 @@ def per_class(rows: Sequence[Row]) -> list[dict[str, Any]]:
       }
     )
   return result
+
+
+def spectra(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """Spectra of features: dicts with evaluation, features and lines.
+
+  Args:
+    rows: see above; those without a "spectrum" are ignored.
+
+  Returns:
+    lines is [(encoder, shares of the eigenvalues)], as far as they are above 0.
+  """
+  found = {}
+  for row in filter(compares, rows):
+    shares = row.get("spectrum")
+    if not isinstance(shares, list) or not all(map(_is_finite, shares)):
+      continue
+    if len(shares := [x for x in shares if x > 0]) > 1:
+      key = row.get("evaluation") or "", row.get("features") or ""
+      found.setdefault(key, []).append((row["encoder"], shares))
+  return [
+    {"evaluation": key[0], "features": key[1], "lines": lines}
+    for key, lines in found.items()
+  ]
+
+
+def _confusion(counts):
+  """Columns and rows of {label: {what it is taken for: images}}, or None."""
+  if not isinstance(counts, Mapping) or not all(
+    isinstance(row, Mapping)
+    and all(_is_number(x) and 0 <= x < 1e15 for x in row.values())
+    for row in counts.values()
+  ):
+    return None
+  columns = list(
+    dict.fromkeys([*counts, *(x for r in counts.values() for x in r)])
+  )
+  rows = []
+  for label, row in counts.items():
+    total = max(sum(row.values()), 1)
+    rows.append(
+      [label, [(row.get(x, 0), row.get(x, 0) / total) for x in columns]]
+    )
+  return {"columns": columns, "rows": rows}
 
 
 def compares(row: Row) -> bool:

@@ -171,13 +171,18 @@ def _checked(title, score, metrics, names):
       f"{title}: its metrics lack its score {score!r}; "
       f"they are: {', '.join(metrics)}."
     )
-  if names is None or "per_class" not in metrics:
+  if names is None:
     return metrics
-  named = {
-    str(names[int(label)]): value
-    for label, value in metrics["per_class"].items()
+  named = lambda x: {
+    str(names[int(label)]): value for label, value in x.items()
   }
-  return metrics | {"per_class": named}
+  metrics = dict(metrics)
+  if "per_class" in metrics:
+    metrics["per_class"] = named(metrics["per_class"])
+  if "confusion" in metrics:
+    rows = named(metrics["confusion"])
+    metrics["confusion"] = {label: named(x) for label, x in rows.items()}
+  return metrics
 
 
 def _fitted(examples, kind):

@@ -8,6 +8,7 @@ import numpy as np
 from jepa_jax.evaluation.protocols import protocol
 
 PER_CLASS = 100  # classes up to which each has its own accuracy
+CONFUSED = 20  # and up to which it is counted what each is taken for
 
 
 def accuracies(
@@ -28,8 +29,9 @@ def accuracies(
     top1; mean_per_class, over the classes of the test images; top5 with more
     than 5 classes; standard_error of top1 over the test images; majority, the
     top1 of always saying the commonest class of train; per_class, {label:
-    percent}, with at most PER_CLASS classes; n_train, n_test, classes; unseen,
-    test images of a class that train lacks, if any.
+    percent}, with at most PER_CLASS classes; confusion, {label: {what it is
+    taken for: test images}}, with at most CONFUSED classes; n_train, n_test,
+    classes; unseen, test images of a class that train lacks, if any.
   """
   labels = np.asarray(test["labels"])
   ranked = classes[np.argsort(-scores, axis=1, kind="stable")[:, :5]]
@@ -53,6 +55,16 @@ def accuracies(
   if len(classes) <= PER_CLASS:
     result["per_class"] = {
       str(label): percent(right[labels == label, 0])
+      for label in np.unique(labels)
+    }
+  if len(classes) <= CONFUSED:
+    result["confusion"] = {
+      str(label): {
+        str(said): int(count)
+        for said, count in zip(
+          *np.unique(ranked[labels == label, 0], return_counts=True)
+        )
+      }
       for label in np.unique(labels)
     }
   return result

@@ -13,6 +13,7 @@ PAIRS = 4096  # images at most whose pairs are compared
 SMALL = 1e-7  # added to every share of RankMe, as in the paper
 # Ranks over which a power law is fitted, as shares of their number.
 FITTED = (0.02, 0.5)
+SHOWN = 100  # eigenvalues that are kept of a spectrum
 
 
 def health(
@@ -27,7 +28,8 @@ def health(
 
   Returns:
     rankme (see `rankme`), alpha (see `alpha_req`), uniformity (see
-    `uniformity`); width, D; n_test.
+    `uniformity`); spectrum, the shares of the largest SHOWN eigenvalues of the
+    covariance, largest first; width, D; n_test.
 
   Raises:
     ValueError: fewer than three images.
@@ -44,6 +46,7 @@ def health(
     "rankme": rankme(features),
     "alpha": alpha_req(features),
     "uniformity": uniformity(features[some]),
+    "spectrum": spectrum(features)[:SHOWN].round(6).tolist(),
     "width": features.shape[1],
     "n_test": len(features),
   }
@@ -67,6 +70,20 @@ def rankme(features: np.ndarray) -> float:
   return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
+def spectrum(features: np.ndarray) -> np.ndarray:
+  """Shares of the eigenvalues of the covariance, [min(B, D)], falling.
+
+  Args:
+    features: [B, D].
+
+  Returns:
+    float64, whose sum is 1, or zeros where all rows are alike.
+  """
+  centred = features - features.mean(axis=0)
+  values = np.linalg.svd(centred, compute_uv=False) ** 2
+  return values / max(values.sum(), 1e-300)
+
+
 def alpha_req(features: np.ndarray) -> float:
   """Exponent of the power law that the spectrum of the covariance follows.
 
@@ -84,9 +101,8 @@ def alpha_req(features: np.ndarray) -> float:
   Reference: Agrawal et al. 2022, arXiv:2202.05808.
     Differs: the range of ranks that is fitted is ours.
   """
-  centred = features - features.mean(axis=0)
-  values = np.linalg.svd(centred, compute_uv=False) ** 2
-  values = values[values > 1e-12 * max(values[0], 1e-300)]
+  values = spectrum(features)
+  values = values[values > 1e-12 * values[0]]
   if len(values) < 3:
     return float("nan")
   ranks = np.arange(1, len(values) + 1)

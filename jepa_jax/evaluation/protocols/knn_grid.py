@@ -1,6 +1,7 @@
 """k-NN over a grid of k and temperatures, chosen without the test set."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def knn_grid(
     test: features [B, D], labels [B].
     neighbours: values of k; those above n - 1 are left out.
     temperatures: of the weights, above 0.
-    chunk: images compared at a time, [chunk, n] similarities.
+    chunk: images compared at a time, [chunk, n] similarities. The
+      classes of all pairs are kept, and the scores [B, K] of one.
     seed: unused; here so that all protocols are called alike.
 
   Returns:
@@ -57,24 +59,20 @@ def knn_grid(
     )
   bank = bank_lib.Bank(train["features"], unit=True)
   pairs = [(k, t) for k in ks for t in heats]
-  said = np.eye(len(classes), dtype=np.float32)[targets]
-  classified = lambda side, itself: _classified(
-    bank, said, side["features"], pairs, chunk, itself
+  classified = functools.partial(
+    _classified, bank, targets, len(classes), pairs, chunk
   )
-  own = {
-    pair: accuracy.percent(scores.argmax(axis=1) == targets)
-    for pair, scores in classified(train, True).items()
-  }
+  found, _ = classified(train["features"], None)
+  own = {pair: accuracy.percent(x == targets) for pair, x in found.items()}
   best = max(own, key=own.get)
-  on_test = classified(test, False)
+  found, scores = classified(test["features"], best)
   labels = np.asarray(test["labels"])
   top1 = {
-    pair: accuracy.percent(classes[scores.argmax(axis=1)] == labels)
-    for pair, scores in on_test.items()
+    pair: accuracy.percent(classes[x] == labels) for pair, x in found.items()
   }
   luckiest = max(top1, key=top1.get)
   return {
-    **accuracy.accuracies(on_test[best], classes, train, test),
+    **accuracy.accuracies(scores, classes, train, test),
     "k": best[0],
     "temperature": best[1],
     "train_top1": own[best],
@@ -84,10 +82,23 @@ def knn_grid(
   }
 
 
-def _classified(bank, said, queries, pairs, chunk, itself):
-  """Scores [B, K] of each (k, temperature), the largest k first."""
+def _classified(bank, targets, count, pairs, chunk, queries, kept):
+  """The class's number [B] by (k, temperature), and scores [B, K] of one.
+
+  Args:
+    bank: of the training images.
+    targets: the numbers [n] of their classes.
+    count: K.
+    pairs: (k, temperature), the largest k first.
+    chunk: queries at a time.
+    queries: features [B, D].
+    kept: the pair whose scores are kept. None: the queries are the training
+      images, none of which may find itself, and no scores are kept.
+  """
+  itself = kept is None
   most, start = pairs[0][0], 0
   found = {pair: [] for pair in pairs}
+  scores = []
   for part in bank.chunks(queries, chunk):
     near, who = knn.neighbours(bank, part, most + int(itself))
     if itself:
@@ -95,8 +106,14 @@ def _classified(bank, said, queries, pairs, chunk, itself):
       start += len(part)
     for k, t in pairs:
       weights = np.exp((near[:, :k] - 1) / t)
-      found[k, t].append(np.einsum("bk,bkc->bc", weights, said[who[:, :k]]))
-  return {pair: np.concatenate(scores) for pair, scores in found.items()}
+      cells = np.arange(len(part))[:, None] * count + targets[who[:, :k]]
+      votes = np.bincount(cells.ravel(), weights.ravel(), len(part) * count)
+      votes = votes.reshape(len(part), count)
+      found[k, t].append(votes.argmax(axis=1))
+      if (k, t) == kept:
+        scores.append(votes.astype(np.float32))
+  found = {pair: np.concatenate(x) for pair, x in found.items()}
+  return found, None if itself else np.concatenate(scores)
 
 
 def _others(near, who, itself):

@@ -41,6 +41,9 @@ class Recipe:
     lrs: learning rates for 256 images. That of LARS, whose steps do not depend
       on the gradient's size, is that of `batch` for smaller ones as well.
     weight_decays: to choose from.
+    crops: random resized crops of each training image, mirrored or not, whose
+      features are kept; a step takes one of an image's at random. 0: the
+      image's central part, every time.
   """
 
   optimizer: str
@@ -49,6 +52,7 @@ class Recipe:
   drops: tuple[int, ...]
   lrs: tuple[float, ...]
   weight_decays: tuple[float, ...]
+  crops: int = 0
 
   def schedule(self, images: int) -> tuple[int, int, optax.Schedule]:
     """Images of a batch, steps, and each step's factor of the rates."""
@@ -67,6 +71,7 @@ class Recipe:
 IMAGENET = Recipe(
   "lars", 16384, 50, (15, 30, 45), (0.05, 0.01, 0.001), (5e-4, 0.0)
 )
+CROPS = dataclasses.replace(IMAGENET, crops=4)
 TRANSFER = Recipe(
   "sgd", 256, 28, (8, 16, 24), (1.0, 0.1, 0.01, 0.001), (5e-4, 0.0)
 )
@@ -89,7 +94,8 @@ def linear_grid(
 
   Args:
     train: features [n, D], labels [n] integers of any values; "width", the
-      features of one layer, if the last ones are to be probed alone as well.
+      features of one layer, if the last ones are to be probed alone as well;
+      "variants", with those of the crops that the recipe asks for.
     test: features [B, D], labels [B].
     recipe: how cells are trained.
     holdout: share of the training images that chooses, in (0, 1).
@@ -110,7 +116,8 @@ def linear_grid(
     the manner of VISSL; its values are to be checked against it.
     Differs: BatchNorm has no scale and shift of its own, which the linear
     layer has, and is scored by the statistics of all training images; a small
-    set has smaller batches.
+    set has smaller batches; of crops a few are kept, not new ones drawn every
+    epoch.
   """
   protocol.check(train, test, "class")
   classes, targets = np.unique(train["labels"], return_inverse=True)
@@ -150,6 +157,9 @@ class _Grid:
 
   def __init__(self, train, recipe, classes, seed):
     self.recipe, self.seed, self.classes = recipe, seed, classes
+    self.crops = [
+      x for name, x in train.get("variants", {}).items() if "crop" in name
+    ][: recipe.crops]
     self.mean, self.scale = features.statistics(train["features"])
     width = len(self.mean)
     layer = int(train.get("width", width))
@@ -176,6 +186,7 @@ class _Grid:
     }
     state = jax.vmap(_optimizer(self.recipe.optimizer, 0.0, 0.0).init)(params)
     batches = itertools.islice(self._batches(chosen, size), steps)
+    random = np.random.default_rng(self.seed + 1)
     most = min(max(CHUNK // (size * shape[1]), 1), steps)
     done = 0
     while rows := list(itertools.islice(batches, most)):
@@ -184,10 +195,21 @@ class _Grid:
       done += len(rows)
       rows = np.stack(rows + rows[:1] * (most - len(rows)))
       params, state = _train(
-        params, state, inputs[rows], targets[rows], self.rates, self.mask,
+        params, state, self._seen(inputs, rows, random), targets[rows],
+        self.rates, self.mask,
         factors, self.recipe.optimizer,
       )  # fmt: skip
     return params
+
+  def _seen(self, inputs, rows, random):
+    """Features of some images, or of one random crop of each."""
+    if not self.crops:
+      return inputs[rows]
+    crops = random.integers(len(self.crops), size=rows.shape)
+    found = np.empty((*rows.shape, inputs.shape[1]), np.float32)
+    for i, features_of_crop in enumerate(self.crops):
+      found[crops == i] = features_of_crop[rows[crops == i]]
+    return found
 
   def _batches(self, chosen, size) -> Iterator[np.ndarray]:
     """Rows [B] of every step, in a new order every epoch."""
@@ -289,9 +311,11 @@ ROWS = tuple(
     unit="%",
     higher_is_better=True,
     label="class",
+    train_variants=tuple(f"crop {i}" for i in range(recipe.crops)),
   )
   for name, words, recipe in (
     ("imagenet", "LARS", IMAGENET),
+    ("imagenet_crops", "LARS, random crops", CROPS),
     ("transfer", "SGD", TRANSFER),
   )
 )
