@@ -14,8 +14,7 @@ Expected:  top-1, Tables 2 and 15 of Assran et al. 2023 (arXiv:2301.08243), the
            73.3, vith16_448_1pct 77.3; vith16_448 87.1.
 Seen:      not run here.
 
-Differs: there is no RandAugment here, which the paper has; random resized
-crops and flips alone. That images of 448 pixels have crops of (.08, 1) and a
+RandAugment is as MAE's. That images of 448 pixels have crops of (.08, 1) and a
 warm-up of 5 epochs are guesses.
 """
 
@@ -46,6 +45,7 @@ def get_config(variant: str = "vith14_1pct") -> ml_collections.ConfigDict:
   c.data.image_size = image_size  # pixels
   c.data.crop_scale = (0.08, 1.0)  # share of the area
   c.data.flip = True
+  c.data.rand_augment = (2, 9.0)  # operations, strength
   c.method.classes = 1000
   c.method.layer_decay = 0.75
   c.method.label_smoothing = 0.1 if few else 0.0

@@ -139,6 +139,12 @@ KEYS: dict[str, keys.Key] = {
   "data.solarize": Key(
     0.0, _SHARE, "probability that the brighter half of the scale is inverted"
   ),
+  "data.rand_augment": Key(
+    (0, 9.0),
+    keys.Group((whole(0, 16), number(0.0, 10.0))),
+    "RandAugment: operations an image, 0 for none, and their strength of 0 to "
+    "10; MAE's fine-tuning has (2, 9.0)",
+  ),
   "data.local_scale": Key(
     (0.05, 0.3),
     keys.Group((_SOME,) * 2, ordered=True),

@@ -165,6 +165,7 @@ def test_central_crops_are_the_largest_central_squares():
 
 
 OFF = {"blur": 0.0, "grayscale": 0.0, "solarize": 0.0, "image_size": 224}
+OFF |= {"rand_augment": (0, 9.0), "mean": (0.5, 0.4, 0.3)}
 
 
 def colors(count=4000, **changes):

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from jepa_jax import models
-from jepa_jax.data import decode
+from jepa_jax.data import decode, rand_augment
 from jepa_jax.masks import counter_rng
 
 _CROP_ATTEMPTS = 10
@@ -117,7 +117,7 @@ def _key(
   key = counter_rng.stream_key(seed, counter_rng.AUGMENT)
   for value in (epoch, index):
     key = counter_rng.fold_in(np, key, value.astype(np.uint32))
-  if view is not None:  # 1 is the colours'
+  if view is not None:  # 1 is the colours', 0 RandAugment's
     key = counter_rng.fold_in(np, key, (view + 2).astype(np.uint32))
   return key
 
@@ -172,8 +172,17 @@ def _stored(
 def distorts(config: Any) -> bool:
   """Whether config.data changes colours or blurs."""
   return bool(
-    config.color_jitter or config.blur or config.grayscale or config.solarize
+    config.color_jitter
+    or config.blur
+    or config.grayscale
+    or config.solarize
+    or config.rand_augment[0]
   )
+
+
+def colors(config: Any) -> int:
+  """Numbers that say what becomes of an image's colours."""
+  return COLORS + rand_augment.NUMBERS * config.rand_augment[0]
 
 
 def random_colors(
@@ -200,12 +209,13 @@ def random_colors(
     view: see random_crops.
 
   Returns:
-    float32 [B, COLORS]: brightness, contrast, saturation, hue, grey, sigma,
-    solarise.
+    float32 [B, colors(config)]: brightness, contrast, saturation, hue, grey,
+    sigma, solarise, and what rand_augment.draw gives.
 
   Reference: Chen et al. 2020, appendix A, arXiv:2002.05709.
   """
   key = _key(seed, epoch, index, view)
+  operations = counter_rng.fold_in(np, key, np.uint32([0]))
   key = counter_rng.fold_in(np, key, np.uint32([1]))  # not the crop's bits
   u = counter_rng.random_bits(np, key, 9) / 2.0**32
   strength = config.color_jitter
@@ -218,6 +228,8 @@ def random_colors(
   sigma = np.where(u[:, 6:7] < config.blur, low + u[:, 7:8] * (high - low), 0)
   parts = (np.where(jitter, factor, 1), np.where(jitter, hue, 0), grey, sigma)
   parts += (u[:, 8:] < config.solarize,)
+  if config.rand_augment[0]:
+    parts += (rand_augment.draw(*config.rand_augment, operations),)
   return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -228,7 +240,7 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
 
   Args:
     image: float32 [H, W, C] on a scale of 0 to 255.
-    color: float32 [COLORS], as `random_colors` gives it.
+    color: float32 [colors(config)], as `random_colors` gives it.
     config: config.data.
 
   Returns:
@@ -249,6 +261,8 @@ def distort(image: tf.Tensor, color: tf.Tensor, config: Any) -> tf.Tensor:
   if config.solarize:
     bright = (image >= _SOLARIZED) & (color[6] > 0)
     image = tf.where(bright, 255 - image, image)
+  if config.rand_augment[0]:
+    image = rand_augment.apply(image, color[COLORS:], tuple(config.mean))
   return image
 
 

@@ -207,7 +207,7 @@ def _decoded(
   if label_of:
     spec["record"] = tf.TensorSpec([size], tf.string)
   if distorts:
-    spec["color"] = tf.TensorSpec([size, augment.COLORS], tf.float32)
+    spec["color"] = tf.TensorSpec([size, augment.colors(data)], tf.float32)
 
   def by_image(step, batch):
     """Views of an image side by side, the rest once an image."""
