@@ -321,13 +321,13 @@ KEYS: dict[str, keys.Key] = {
   ),
   "profile.steps": Key(3, whole(1, 10**6), "that it covers"),
   "collapse.feature_std": Key(
-    1e-3, _DECAY, "at least; over images, mean of features"
+    0.01, _DECAY, "at least; over images, mean of features"
   ),
   "collapse.effective_rank": Key(
     1.5, _DECAY, "at least; of a batch's pooled features"
   ),
   "collapse.mean_cosine": Key(
-    0.9999, number(-1.0, 1.0), "at most; between different images"
+    0.9995, number(-1.0, 1.0), "at most; between different images"
   ),
   "evaluate_every": Key("0 steps", durations.Span(), "0: at the end alone"),
 }

@@ -130,3 +130,37 @@ def test_every_limit_of_a_config_is_one_of_a_metric():
 def test_unknown_threshold_lists_the_known_ones():
   with pytest.raises(ValueError, match="known: feature_std, effective_rank"):
     collapse.collapse_warning({}, {"rank": 2.0})
+
+
+# docs/collapse.md: of each run the lowest standard deviation and rank and the
+# highest cosine of its rows.
+HEALTHY = {
+  "seed 0": (0.169, 17.7, 0.9425),
+  "seed 1": (0.174, 14.6, 0.9380),
+  "seed 2": (0.165, 18.0, 0.9485),
+  "lr 2e-4": (0.154, 22.1, 0.9503),
+  "lr 1e-3": (0.129, 20.6, 0.9758),
+  "random masks": (0.080, 20.5, 0.9887),
+  "l2": (0.171, 16.9, 0.9398),
+  "batch 128": (0.169, 20.2, 0.9437),
+  "128 wide": (0.168, 24.0, 0.9467),
+  "no EMA": (0.121, 15.3, 0.9802),
+  "EMA .9": (0.077, 11.1, 0.9921),
+}
+COLLAPSED = {
+  "no stop-gradient": (0.0079, 12.6, 0.99987),
+  "lr 1": (0.0219, 4.8, 0.99989),
+}
+
+
+@pytest.mark.parametrize("run", [*HEALTHY, *COLLAPSED])
+def test_alarms_are_of_the_runs_that_collapsed(run):
+  row = {
+    "loss": 0.1,
+    **dict(zip(collapse.METRICS, {**HEALTHY, **COLLAPSED}[run])),
+  }
+  assert bool(collapse.collapse_warning(row, LIMITS)) == (run in COLLAPSED)
+  if run in HEALTHY:  # far from the limits
+    near = {name: 1.5 * limit for name, limit in LIMITS.items()}
+    near["mean_cosine"] = 1 - 2 * (1 - LIMITS["mean_cosine"])
+    assert not collapse.collapse_warning(row, near)
