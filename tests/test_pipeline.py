@@ -57,6 +57,7 @@ def config(root, *, batch_size=6, **data):
         "blur": 0.0,
         "grayscale": 0.0,
         "solarize": 0.0,
+        "rand_augment": (0, 9.0),
         "local_scale": (0.05, 0.1),
         "prefetch": 2,
         "max_unreadable": 3,
