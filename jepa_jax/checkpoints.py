@@ -26,11 +26,11 @@ def main(arguments: argparse.Namespace) -> int:
     folder = folder / "checkpoints"
   if not folder.is_dir():
     raise ValueError(f"there is no folder {folder}; name that of a run.")
-  # A name of digits alone: what is not whole yet has a longer one.
-  steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
-  if not steps:
-    raise ValueError(f"there are no checkpoints in {folder}.")
   os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator may be in use
+  from jepa_jax.training import checkpoints
+
+  if not (steps := checkpoints.steps(folder)):
+    raise ValueError(f"there are no checkpoints in {folder}.")
   act = {"list": _list, "verify": _verify}[arguments.action]
   return max([act(folder / str(step)) for step in steps])
 

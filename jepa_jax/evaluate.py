@@ -115,7 +115,9 @@ def _evaluate_run(arguments, check):
 
 def _check_step(folder: Any, step: int | None) -> None:
   """Raises ValueError where there is no such checkpoint, None for any."""
-  found = sorted(int(x.name) for x in folder.glob("[0-9]*") if x.name.isdigit())
+  from jepa_jax.training import checkpoints
+
+  found = checkpoints.steps(folder)
   if not found:
     raise ValueError(f"{folder.parent} holds no checkpoint yet.")
   if step not in (None, *found):

@@ -9,6 +9,7 @@ with everything saved.
 
 import argparse
 from collections.abc import Iterable
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -153,16 +154,20 @@ def _prepare(
     config = evaluation.resolve(config)
     program = program_lib.build(config, sharding.make_mesh(config.mesh))
     program_lib.check_memory(program)
-    _check_first_state(program, workdir)
-    open_data = lambda start: pipeline.train_dataset(
-      config,
-      program.objective.batch_spec(config.batch_size),
-      start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      unreadable=unreadable,
-    )
-    open_data(0)
+    start = _check_first_state(program, workdir)
+
+    @functools.cache
+    def open_data(start):
+      return pipeline.train_dataset(
+        config,
+        program.objective.batch_spec(config.batch_size),
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        unreadable=unreadable,
+      )
+
+    open_data(start)
     if first:  # the others see the same files
       found = fingerprint.fingerprint(config.data)
       changes += workdir_lib.check_data(found, workdir, accept)
@@ -179,10 +184,15 @@ def _prepare(
   return _Parts(program, claim, open_data, unreadable, changes)
 
 
-def _check_first_state(program: Any, workdir: pathlib.Path) -> None:
-  """Raises ValueError where `_first_state` would: nothing is written yet."""
-  config, folder = program.config, workdir / "checkpoints"
-  begun = any(folder.glob("[0-9]*"))
+def _check_first_state(program: Any, workdir: pathlib.Path) -> int:
+  """The step that `_first_state` will most likely be of.
+
+  Raises ValueError where it would, while nothing is written yet.
+  """
+  from jepa_jax.training import checkpoints
+
+  config = program.config
+  begun = checkpoints.steps(workdir / "checkpoints")
   if begun and not config.checkpoint.resume:
     raise ValueError(
       f"{workdir} holds checkpoints and checkpoint.resume is off; use "
@@ -201,6 +211,7 @@ def _check_first_state(program: Any, workdir: pathlib.Path) -> None:
       )
     except ValueError as error:
       raise ValueError(f'init_from is "{config.init_from}": {error}') from error
+  return max(begun, default=0)
 
 
 def _first_state(program: Any, checkpoints: Any) -> Any:

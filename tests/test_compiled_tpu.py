@@ -38,6 +38,14 @@ def get_config():
 """
 
 
+OTHER_IMAGES = (  # wide ones, of a satellite
+  "--config.data.image_size=(48, 96)",
+  "--config.data.channels=5",
+  "--config.data.mean=(0.1, 0.2, 0.3, 0.4, 0.5)",
+  "--config.data.std=(0.2, 0.2, 0.2, 0.2, 0.2)",
+)
+
+
 def run_python(*arguments, **variables):
   return subprocess.run(
     [sys.executable, *arguments],
@@ -60,7 +68,7 @@ def run_plan(tmp_path, *flags, **variables):
 def test_every_objective_is_planned_with_all_that_its_state_holds(
   tmp_path, objective
 ):
-  flags = ["--topology", "v5e:2x2", "--json"]
+  flags = ["--topology", "v5e:2x2", "--json", *OTHER_IMAGES]
   flags += [f"--config.objective={objective}"]
   paths = os.pathsep.join(p for p in ["tests", *sys.path] if p)
   done = run_plan(tmp_path, *flags, PYTHONPATH=paths)
@@ -72,8 +80,8 @@ def test_every_objective_is_planned_with_all_that_its_state_holds(
   assert outside or 1 < row["flops_ratio"] < 1.3
   # Parameters and two moments of what is trained, and once what is frozen; a
   # chip has a quarter of each, and little beside.
-  encoder = 4 * (3 * 12 * 512**2 + 3 * 64 * 512)
-  predictor = 4 * (4 * 12 * 256**2 + 512 * 256 + 3 * 64 * 256)
+  encoder = 4 * (3 * 12 * 512**2 + 5 * 64 * 512)
+  predictor = 4 * (4 * 12 * 256**2 + 512 * 256 + 5 * 64 * 256)
   state = (3 + 1) * encoder if outside else 3 * (encoder + predictor)
   assert row["argument_bytes"] == pytest.approx(state / 4, rel=0.1)
 

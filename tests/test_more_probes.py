@@ -97,6 +97,16 @@ def test_alpha_is_the_exponent_of_a_power_law(alpha):
   assert not health.spectrum(np.ones((9, 4))).any()
 
 
+@pytest.mark.parametrize("shape", [(50, 7), (7, 50), (9, 9)])
+def test_eigenvalues_in_parts_are_those_of_the_whole(shape, monkeypatch):
+  monkeypatch.setattr(health, "ROWS", 8)
+  features = np.random.default_rng(0).normal(size=shape).astype(np.float32) + 3
+  mean = features.mean(axis=0, dtype=np.float64)
+  values = np.linalg.svd(features - mean, compute_uv=False) ** 2
+  found = health.spectrum(features)
+  np.testing.assert_allclose(found, values / values.sum(), atol=1e-12)
+
+
 def test_uniformity_of_known_points():
   assert health.uniformity(np.ones((9, 4))) == pytest.approx(0)
   poles = np.asarray([[2.0, 0], [-1.0, 0]])  # their distance is 2

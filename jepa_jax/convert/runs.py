@@ -18,7 +18,7 @@ from jepa_jax import config as config_lib
 from jepa_jax.convert import checked
 from jepa_jax.convert import weights as weights_lib
 from jepa_jax.convert.weights import Weights
-from jepa_jax.training import digests
+from jepa_jax.training import checkpoints, digests
 
 # Network of Weights -> that of the objective, and where its parameters may be.
 _PLACES = {
@@ -114,10 +114,7 @@ def _checkpoints(
   path: pathlib.Path, workdir: pathlib.Path, step: int | None
 ) -> list[pathlib.Path]:
   """The folder of a step, or of all where step is None, newest first."""
-  # A checkpoint that is not whole yet has a longer name.
-  steps = sorted(
-    int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
-  )
+  steps = checkpoints.steps(workdir / "checkpoints")
   if path != workdir:
     step = int(path.name) if path.name.isdigit() else -1
   if not steps or step not in (None, *steps):

@@ -81,6 +81,21 @@ def sample(
   return list(values), count == len(source)
 
 
+def spec(config: Any, split: str, label: str) -> tf.TensorSpec:
+  """Shape and type of one image's label, as `sample` gives it; reads nothing.
+
+  Args:
+    config: config.data.
+    split: which.
+    label: as for `function`.
+
+  Raises:
+    ValueError: no such split or label.
+  """
+  source = sources.open_source(config, split)
+  return _values(source, label, []).element_spec
+
+
 def _values(source, label, indices):
   """A data set of the label of some records; no image is decoded."""
   # Stateless, so that nothing is read where a label needs no record.

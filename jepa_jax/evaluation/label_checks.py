@@ -31,10 +31,10 @@ def check_type(
   Args:
     name: of the evaluation.
     settings: config.evaluations[name].
-    spec: tf.TensorSpec [1, ...] of the label.
+    spec: tf.TensorSpec of an image's label.
   """
-  dtype, rank = spec.dtype.as_numpy_dtype, spec.shape.rank - 1
-  listed = rank == 1 and spec.shape[1] is None  # of any length: not one-hot
+  dtype, rank = spec.dtype.as_numpy_dtype, spec.shape.rank
+  listed = rank == 1 and spec.shape[0] is None  # of any length: not one-hot
 
   def takes(row):
     return row.takes(dtype, rank) and not (listed and row.label == "class")
@@ -48,7 +48,7 @@ def check_type(
       ]
       raise ValueError(
         f'evaluation {name}: label "{settings.label}" is {spec.dtype.name} of '
-        f"shape {tuple(spec.shape[1:])} an image, and protocol {row.name} "
+        f"shape {tuple(spec.shape)} an image, and protocol {row.name} "
         f"takes {protocol_lib.KINDS[row.label]}; take another label or "
         f"protocols that it fits ({', '.join(fit) or 'none here'})."
       )

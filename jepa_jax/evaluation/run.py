@@ -89,19 +89,21 @@ def check_data(config: ml_collections.ConfigDict) -> None:
   for name, settings in config.evaluations.items():
     data = config_lib.evaluation_data(config, settings)
     splits = (settings.train, settings.test)
+    found = []
     for split in splits:
       try:
-        dataset = pipeline.evaluation_dataset(
-          data, batch_size=1, split=split, labels=label_checks.names(settings)
-        )
+        found.append(sources.open_source(data, split))
+        specs = [
+          labels.spec(data, split, x) for x in label_checks.names(settings)
+        ]
       except ValueError as error:
         raise ValueError(
           f"evaluation {name}: {error}. To do without it, give "
           f"--config.evaluations.{name}="
         ) from error
-      for spec in dataset.element_spec["labels"].values():
+      for spec in specs:
         label_checks.check_type(name, settings, spec)
-    train, test = (sources.open_source(data, split) for split in splits)
+    train, test = found
     if count := sources.shared(train, test):
       raise ValueError(
         f'evaluation {name} learns from "{splits[0]}" and is scored on '

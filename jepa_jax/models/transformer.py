@@ -22,18 +22,12 @@ Dtype = Any
 Rearrange = Callable[[jax.Array], jax.Array]
 Kernels = kernels_lib.Kernels
 
-# Kernels do not write all their products as one.
-_keep = functools.partial(
-  jax.checkpoint_policies.save_from_both_policies,
-  jax.checkpoint_policies.save_only_these_names(kernels_lib.PRODUCT),
-)
-
 # What a block keeps for its backward pass: everything, matrix products, those
 # with weights, or nothing but its input.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "products": _keep(jax.checkpoint_policies.dots_saveable),
-  "dots": _keep(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  "products": jax.checkpoint_policies.dots_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 import math
-import pathlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from jepa_jax import paths, pretrained
 from jepa_jax.evaluation import components, curves, figures
 from jepa_jax.pictures import layout, patches
+from jepa_jax.training import checkpoints
 
 if TYPE_CHECKING:
   from matplotlib import figure as figure_lib
@@ -106,7 +106,7 @@ def film(
     ValueError: fewer than two checkpoints.
   """
   folder = paths.local(workdir, "--workdir")
-  steps = checkpoint_steps(folder)
+  steps = checkpoints.steps(folder / "checkpoints")
   if len(steps) < 2:
     raise ValueError(
       f"{folder} holds {len(steps)} checkpoints; a film needs two or more: "
@@ -131,14 +131,6 @@ def film(
     )
     frames.append(layout.pixels(figure))
   return frames
-
-
-def checkpoint_steps(folder: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints of a run, ascending."""
-  checkpoints = folder / "checkpoints"
-  if not checkpoints.is_dir():
-    return []
-  return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
 
 
 def _names(folders):

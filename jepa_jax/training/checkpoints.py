@@ -348,10 +348,17 @@ class Checkpoints:
     self.losses = [(n, loss) for n, loss in record.get("losses", ())]
 
 
+def steps(folder: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints in a folder, ascending; none where it is missing.
+
+  A checkpoint that is not whole yet has a longer name.
+  """
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+
 def claim_of_newest(folder: pathlib.Path) -> dict[str, Any] | None:
   """The config that the newest checkpoint with one was saved with."""
-  steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-  for step in sorted(steps, reverse=True):
+  for step in reversed(steps(folder)):
     with contextlib.suppress(ValueError):
       if (record := digests_lib.read(folder / str(step))) is not None:
         return record["config"]

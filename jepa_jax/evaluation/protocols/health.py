@@ -10,6 +10,7 @@ import numpy as np
 from jepa_jax.evaluation.protocols import protocol
 
 PAIRS = 4096  # images at most whose pairs are compared
+ROWS = 4096  # or columns, in float64 at a time
 SMALL = 1e-7  # added to every share of RankMe, as in the paper
 # Ranks over which a power law is fitted, as shares of their number.
 FITTED = (0.02, 0.5)
@@ -35,7 +36,7 @@ def health(
     ValueError: fewer than three images.
   """
   del train
-  features = np.asarray(test["features"], np.float64)
+  features = np.asarray(test["features"])
   if len(features) < 3:
     raise ValueError(
       f"health got {len(features)} images; it needs at least 3, and for a "
@@ -45,7 +46,7 @@ def health(
   return {
     "rankme": rankme(features),
     "alpha": alpha_req(features),
-    "uniformity": uniformity(features[some]),
+    "uniformity": uniformity(features[some].astype(np.float64)),
     "spectrum": spectrum(features)[:SHOWN].round(6).tolist(),
     "width": features.shape[1],
     "n_test": len(features),
@@ -65,7 +66,7 @@ def rankme(features: np.ndarray) -> float:
   Reference: Garrido et al. 2023, eq. 3, arXiv:2210.02885. The log's
     collapse.effective_rank is that of centred features.
   """
-  values = np.linalg.svd(features, compute_uv=False)
+  values = np.sqrt(_eigenvalues(features, np.zeros(features.shape[1])))
   shares = values / max(values.sum(), 1e-300) + SMALL
   return float(np.exp(-np.sum(shares * np.log(shares))))
 
@@ -79,9 +80,27 @@ def spectrum(features: np.ndarray) -> np.ndarray:
   Returns:
     float64, whose sum is 1, or zeros where all rows are alike.
   """
-  centred = features - features.mean(axis=0)
-  values = np.linalg.svd(centred, compute_uv=False) ** 2
+  values = _eigenvalues(features, features.mean(axis=0, dtype=np.float64))
   return values / max(values.sum(), 1e-300)
+
+
+def _eigenvalues(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
+  """Squares of the singular values of features - mean, falling.
+
+  Features of a large data set may fill the memory: only a part of them is in
+  float64 at a time.
+  """
+  short = min(features.shape)
+  gram = np.zeros((short, short))
+  if short == features.shape[1]:
+    for start in range(0, len(features), ROWS):
+      part = features[start : start + ROWS] - mean
+      gram += part.T @ part
+  else:
+    for start in range(0, len(mean), ROWS):
+      part = features[:, start : start + ROWS] - mean[start : start + ROWS]
+      gram += part @ part.T
+  return np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
 
 
 def alpha_req(features: np.ndarray) -> float:

@@ -19,11 +19,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-# A kernel that multiplies matrices by another operation than dot_general gives
-# its result this name (jax.ad_checkpoint.checkpoint_name), so that policies of
-# rematerialisation know it for a product.
-PRODUCT = "product"
-
 PADDED = -1e30  # score of what no query may see
 
 

@@ -1,10 +1,10 @@
 """Networks as XLA's CPU backend is fast at them.
 
 It hands products along the left side's last axis to a library, YNNPACK, and
-all others to Eigen. That takes several times as long for many matrices at
-once, and for one less where sums are short. Its work is also shared by the
-threads of all devices, which then wait for each other: of two devices, each on
-a core of its own, one is done later than the other.
+all others to Eigen, which takes several times as long for many matrices at
+once. The work of either is shared by the threads of all devices, which then
+wait for each other: of two devices, each on a core of its own, one is done
+later than the other.
 
 All differentiate backwards only.
 """
@@ -13,21 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from jepa_jax.models import kernels
 from jepa_jax.models.kernels import xla
-
-# What Eigen is faster at: sums up to this long, results up to this wide. Found
-# on one Zen 4 core in float32, where at sums of 384 the two are level.
-_SHORT = 256
-_NARROW = 128
-
-# A kernel whose rows lie a multiple of this many numbers apart meets in few
-# lines of the caches: Eigen took one and a half times as long on a Zen 3 core,
-# and twice as long at 1,024.
-_CROWDED = 512
 
 # What a core's second cache and its share of the third hold, about.
 _NEAR_BYTES = 2**20
@@ -136,9 +125,9 @@ _STEPS = xla.AttentionSteps(map_in_chunks, sum_over_queries, head_sums)
 def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
   """Rows [R, in] times kernel [in, out] -> [R, out].
 
-  The product and its gradients go to the kernels that are fastest at their
-  shapes; for the kernel's gradient the narrower of its two sides is transposed
-  in memory.
+  All products, also those of the gradients, sum along the left side's last
+  axis; for the kernel's gradient the narrower of its two sides is transposed in
+  memory.
   """
   rows, kernel = kernels.same_type(rows, kernel)
   return _matmul(*kernels.vary_alike(rows, kernel))
@@ -146,7 +135,7 @@ def matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _matmul(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-  return _product(rows, kernel)
+  return rows @ kernel
 
 
 def _backward(
@@ -157,38 +146,10 @@ def _backward(
     dkernel = _in_memory(_transpose(dy) @ rows).T
   else:
     dkernel = _transpose(rows) @ dy
-  return _product(dy, kernel.T), dkernel
+  return dy @ kernel.T, dkernel
 
 
-_matmul.defvjp(
-  lambda rows, kernel: (_product(rows, kernel), (rows, kernel)), _backward
-)
-
-
-def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-  length, width = kernel.shape
-  short = length <= _SHORT or width <= _NARROW
-  if rows.dtype != jnp.float32 or not short or width % _CROWDED == 0:
-    return rows @ kernel
-  return checkpoint_name(_by_eigen(rows, kernel), kernels.PRODUCT)
-
-
-# A convolution without an axis to slide along: XLA makes it a product only
-# after the others went to the library. Of several it would make a convolution
-# in groups, which is slow: under vmap they stay products.
-@jax.custom_batching.custom_vmap
-def _by_eigen(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    rows, kernel, (), "VALID", dimension_numbers=("NC", "IO", "NC")
-  )
-
-
-@_by_eigen.def_vmap
-def _several(
-  axis_size: int, batched: list[bool], rows: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, bool]:
-  del axis_size
-  return rows @ kernel, any(batched)
+_matmul.defvjp(lambda *factors: (_matmul(*factors), factors), _backward)
 
 
 def after(batch: Any, done: Any) -> Any:
