@@ -236,9 +236,7 @@ KEYS: dict[str, keys.Key] = {
     1e-8, _POSITIVE, "added to the root of the second moment"
   ),
   "optimizer.mu_dtype": Key(
-    "float32",
-    keys.Choice(_DTYPE),
-    "of the first moment",
+    "float32", keys.Choice(_DTYPE), "of the first moment"
   ),
   "optimizer.clip_norm": Key(
     0.0, _DECAY, "global norm of the gradient; 0: no clipping"
@@ -255,9 +253,7 @@ KEYS: dict[str, keys.Key] = {
     "of the target encoder, start and end; linear",
   ),
   "compute.dtype": Key(
-    "bfloat16",
-    keys.Choice(_DTYPE),
-    "of activations; parameters are float32",
+    "bfloat16", keys.Choice(_DTYPE), "of activations; parameters are float32"
   ),
   "compute.scan": Key(
     True, keys.Flag(), "one compiled block for all; False unrolls"
@@ -345,6 +341,11 @@ IJEPA: dict[str, keys.Key] = {
   ),
   "target_layers": Key(
     1, whole(1, 256), "last blocks of the target encoder that are averaged"
+  ),
+  "target_sees": Key(
+    "image",
+    keys.Choice(("image", "block")),
+    "what the target encoder is given: the image, or each block alone",
   ),
   "target_norm": Key(
     "layer",

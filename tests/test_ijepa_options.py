@@ -116,6 +116,41 @@ def test_targets_by_position_say_what_is_special_there(plain):
   np.testing.assert_allclose(found.features, pooled, atol=1e-4)
 
 
+def test_a_target_encoder_may_see_each_block_alone(plain):
+  """Other pixels change the targets of whole images, and no others."""
+  objective, params, batch, _ = plain
+  alone = of(target_sees="block")
+  whole = objective.targets(params, batch, {})
+  found = alone.targets(params, batch, {})
+  assert found.shape == whole.shape
+  images = models.normalize_images(batch["image"], alone.mean, alone.std)
+  ids, valid = batch["target_ids"][1, 2], batch["target_valid"][1, 2]
+  ids = ids[valid]
+  expected = alone.encoder.apply(
+    {"params": params["encoder"]}, images[1:2], ids[None]
+  )[0]
+  np.testing.assert_allclose(found[1, 2][valid], expected, atol=2e-5)
+  seen = jnp.zeros(images.shape[1:3], bool)
+  size = alone.encoder.patch_size
+  for i in ids.tolist():
+    row, column = divmod(i, alone.grid[1])
+    rows = slice(row * size, (row + 1) * size)
+    seen = seen.at[rows, column * size : (column + 1) * size].set(True)
+  other = (
+    batch["image"]
+    .at[1]
+    .set(jnp.where(seen[..., None], batch["image"][1], 255 - batch["image"][1]))
+  )
+  changed = {**batch, "image": other}
+  again = alone.targets(params, changed, {})[1, 2][valid]
+  np.testing.assert_allclose(again, found[1, 2][valid], atol=2e-5)
+  again = objective.targets(params, changed, {})[1, 2][valid]
+  assert np.abs(again - whole[1, 2][valid]).max() > 1e-3
+  assert alone.flops() != objective.flops()
+  with pytest.raises(ValueError, match='"position" needs .*"block"'):
+    of(target_sees="block", target_norm="position")
+
+
 def test_the_last_blocks_are_averaged_and_normalised_or_not(plain):
   objective, params, batch, (targets, base) = plain
   features = whole_images(objective, params, batch, layers=2)

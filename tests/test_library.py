@@ -186,7 +186,15 @@ def test_half_precision_is_close(exported, images):
 
 def test_other_sizes_get_positions_of_their_own(model):
   images = np.zeros((2, 8, 24, 3), np.uint8)
-  assert model.encode(images, pool=None).shape == (2, 2, 6, 28)
+  images[1, :, 12:] = 200
+  found = model.encode(images, pool=None)
+  assert found.shape == (2, 2, 6, 28)
+  module, params, preprocessing = model
+  stored = models.sincos_positions((2, 6), 28)  # computed, of that grid
+  expected = dataclasses.replace(module, position_grid=(2, 6)).apply(
+    {"params": {**params, "positions": stored}}, preprocessing(images)
+  )
+  np.testing.assert_allclose(found.reshape(2, 12, 28), expected, atol=1e-5)
 
 
 def test_stored_positions_are_of_one_grid(tmp_path, images):

@@ -78,6 +78,8 @@ class IJEPA(objectives.Objective):
     std: of the images a channel.
     loss_name: "smooth_l1" as released or "l2" as in the paper.
     target_layers: last blocks of the target encoder whose outputs are averaged.
+    target_sees: "image"; or "block", for a target encoder that is given the
+      patches of each target block alone (the paper's Table 11).
     target_norm: "layer", as released; "position" to standardise each feature
       over the batch, position by position, so that what all images share there
       is no target; or "none".
@@ -109,6 +111,7 @@ class IJEPA(objectives.Objective):
   std: tuple[float, ...]
   loss_name: str
   target_layers: int = 1
+  target_sees: str = "image"
   target_norm: str = "layer"
   variance: float = 0.0
   covariance: float = 0.0
@@ -133,6 +136,13 @@ class IJEPA(objectives.Objective):
     grid = models.patch_grid(*shape[:2], config.encoder.patch_size)
     if "target_layers" in cls.keys:
       check_layers(config, "target_layers")
+      if (config.method.target_sees, config.method.target_norm) == (
+        "block", "position"
+      ):  # fmt: skip
+        raise ValueError(
+          'method.target_norm="position" needs the features of all positions '
+          'and method.target_sees="block" has those of the targets; change one.'
+        )
     return cls(
       encoder=models.Encoder(**config.encoder, **compute),
       predictor=models.Predictor(
@@ -203,11 +213,15 @@ class IJEPA(objectives.Objective):
     del buffers
     ids = batch["target_ids"]
     by_position = self.target_norm == "position"  # needs all images everywhere
+    if self.target_sees == "block":
+      chosen = {"patch_ids": ids, "valid": batch.get("target_valid")}
+    else:
+      chosen = {"query_ids": None if by_position else ids}
     features = self.encoder.apply(
       {"params": target_params["encoder"]},
       models.normalize_images(batch["image"], self.mean, self.std),
       layers=self.target_layers,
-      query_ids=None if by_position else ids,
+      **chosen,
     ).astype(jnp.float32)
     if self.target_layers > 1:
       outputs = (*features.shape[:-1], self.target_layers, -1)
@@ -358,6 +372,10 @@ class IJEPA(objectives.Objective):
   def target_flops(self) -> int:
     """Operations that make the targets of an image."""
     rows, columns = self.grid
+    if self.target_sees == "block":
+      patches = self.shapes.target_patches
+      block = flops.encoder(self.encoder, patches, self.image_shape[-1])
+      return self.shapes.num_targets * block
     return flops.encoder(
       self.encoder,
       rows * columns,
