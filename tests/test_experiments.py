@@ -184,10 +184,12 @@ def test_the_recipe_for_small_data_follows_size_and_number():
   fashion, other = load("small:fashion_mnist"), load("small:stl10,96")
   assert (fashion.data.channels, fashion.total) == (1, "42 epochs")
   assert (other.data.source, other.encoder.patch_size) == ("tfds", 12)
-  assert other.total == "80000 steps"
+  assert (other.total, scenes.total) == ("20000 steps", "80 epochs")
   for variant in ("scenes,", "scenes,a", "scenes,64,8000,3", ",64"):
     with pytest.raises(ValueError, match="needs DATA, DATA,SIZE"):
       load(f"small:{variant}")
+  with pytest.raises(ValueError, match="no folder pictures/nowhere"):
+    load("small:pictures/nowhere")
   with pytest.raises(ValueError, match="such as 64 or 72"):
     load("small:scenes,66")
 
