@@ -11,7 +11,9 @@ Command:   python -m jepa_jax.train --workdir runs/small \\
 Hardware:  2 CPU cores, half an hour; a quarter of it with
            --config.total="20000 steps".
 Expected:  the paper has no such experiment.
-Seen:      see docs/small_data.md.
+Seen:      Fashion-MNIST, half of the steps, seed 0: linear 86.2 (last four
+           layers 88.2), 20-NN 85.7 (85.2); pixels 84.5 and 86.2. More in
+           docs/small_data.md.
 
 The rule. Patches are a quarter of the side up to 32 pixels, an eighth above:
 a 4 x 4 grid takes a third of the time of a 7 x 7 one. A random half of the
