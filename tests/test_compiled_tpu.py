@@ -64,11 +64,14 @@ def run_plan(tmp_path, *flags, **variables):
   )
 
 
-@pytest.mark.parametrize("objective", ["pixel_ijepa", test_program.OUTSIDE])
+@pytest.mark.parametrize(
+  "objective, images, channels",
+  [("pixel_ijepa", OTHER_IMAGES, 5), (test_program.OUTSIDE, (), 3)],
+)
 def test_every_objective_is_planned_with_all_that_its_state_holds(
-  tmp_path, objective
+  tmp_path, objective, images, channels
 ):
-  flags = ["--topology", "v5e:2x2", "--json", *OTHER_IMAGES]
+  flags = ["--topology", "v5e:2x2", "--json", *images]
   flags += [f"--config.objective={objective}"]
   paths = os.pathsep.join(p for p in ["tests", *sys.path] if p)
   done = run_plan(tmp_path, *flags, PYTHONPATH=paths)
@@ -80,8 +83,8 @@ def test_every_objective_is_planned_with_all_that_its_state_holds(
   assert outside or 1 < row["flops_ratio"] < 1.3
   # Parameters and two moments of what is trained, and once what is frozen; a
   # chip has a quarter of each, and little beside.
-  encoder = 4 * (3 * 12 * 512**2 + 5 * 64 * 512)
-  predictor = 4 * (4 * 12 * 256**2 + 512 * 256 + 5 * 64 * 256)
+  encoder = 4 * (3 * 12 * 512**2 + channels * 64 * 512)
+  predictor = 4 * (4 * 12 * 256**2 + 512 * 256 + channels * 64 * 256)
   state = (3 + 1) * encoder if outside else 3 * (encoder + predictor)
   assert row["argument_bytes"] == pytest.approx(state / 4, rel=0.1)
 
