@@ -21,7 +21,7 @@ EXPERIMENTS += [
   f"ijepa_in1k:{v}" for v in ("vitb16", "vitl16", "vith14", "vith16_448")
 ]
 EXPERIMENTS += [f"mae_in1k:{v}" for v in ("vitb16", "vitl16", "vith14")]
-EXPERIMENTS += ["transfer"]
+EXPERIMENTS += ["transfer", "decoder:scenes", "decoder:in1k"]
 EXPERIMENTS += [
   f"finetune_in1k:{v}"
   for v in ("vitl16_1pct", "vith14_1pct", "vith16_448_1pct", "vith16_448")
@@ -36,7 +36,7 @@ EXPERIMENTS += [
     f"rivals:{name},{data}"
     for name in sorted(objectives.OBJECTIVES)
     for data in ("scenes", "fashion")
-    if name != "ijepa"
+    if name not in ("ijepa", "decoder")
   ),
 ]
 EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16"]

@@ -551,3 +551,13 @@ def test_tensorflow_sees_no_accelerator():
   with pytest.raises((ValueError, RuntimeError)):
     # Fixed when the room was imported: nothing may bring devices back.
     tf.config.set_visible_devices([types.SimpleNamespace()], "GPU")
+
+
+def test_random_bits_are_of_the_image_and_the_epoch(config):
+  provide = pipeline._keys(config, {})
+  draw = lambda epoch, index: provide(
+    0, {"epoch": np.array(epoch), "index": np.array(index)}
+  )["key"].numpy()
+  bits = draw([0, 0, 1, 1], [5, 6, 5, 6])
+  assert bits.dtype == np.uint32 and len({tuple(x) for x in bits}) == 4
+  np.testing.assert_array_equal(draw([1, 0], [6, 5]), bits[[3, 0]])

@@ -72,6 +72,16 @@ CHANGES = {
     "method.hidden": 20,
     "method.outputs": 12,
   },
+  "decoder": {
+    "method.image_size": 20,
+    "method.channels": 12,
+    "method.multipliers": (1, 2),
+    "method.blocks": 1,
+    "method.attention": (5,),
+    "method.num_heads": 3,
+    "method.patch_size": 2,
+    "method.drop": 0.5,
+  },
 }
 
 

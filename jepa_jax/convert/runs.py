@@ -26,6 +26,11 @@ _PLACES = {
   "context": ("encoder", ("params", "frozen")),
   "predictor": ("predictor", ("params", "target_params", "frozen")),
 }
+# Of an objective that has both encoders frozen.
+_BOTH_FROZEN = {
+  "target": ("frozen", "encoder"),
+  "context": ("frozen", "context_encoder"),
+}
 
 
 def workdir_of(path: pathlib.Path) -> pathlib.Path | None:
@@ -139,6 +144,8 @@ def _find(
     for part in parts:
       if network in (saved.get(part) or {}):
         places.setdefault(name, (part, network))
+  if "context_encoder" in (saved.get("frozen") or {}):
+    places |= _BOTH_FROZEN
   if which is None:
     which = "target" if "target" in places else "context"
   if which == "all":

@@ -116,6 +116,8 @@ def _other_heads(weights: weights_lib.Weights, name: str, network: Any) -> str:
 
 def _source(part: str, name: str, which: str) -> str | None:
   """The network of the weights for one of the state; None: it stays."""
+  if name == "context_encoder":  # beside a frozen target encoder
+    return "context" if which == "all" else None
   if name == "encoder":
     if which != "all":
       return which

@@ -16,6 +16,7 @@ from jepa_jax import masks, models
 from jepa_jax.data import augment, batches, order, pixels, sources, tf_masks
 from jepa_jax.data import labels as labels_lib
 from jepa_jax.data import unreadable as unreadable_lib
+from jepa_jax.masks import counter_rng
 
 Provider = Callable[[tf.Tensor, dict[str, tf.Tensor]], dict[str, tf.Tensor]]
 
@@ -57,6 +58,22 @@ def _labels(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
   return lambda step, batch: {"label": tf.cast(batch["label"], dtype)}
 
 
+def _keys(config: Any, batch_spec: Mapping[str, Any]) -> Provider:
+  del batch_spec
+
+  def provide(step: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, Any]:
+    del step
+    xp, key = (
+      tf_masks.TensorFlow,
+      counter_rng.stream_key(config.seed, counter_rng.OBJECTIVE),
+    )
+    for value in (batch["epoch"], batch["index"]):
+      key = counter_rng.fold_in(xp, key, tf.cast(value, tf.uint32))
+    return {"key": counter_rng.random_bits(xp, key, 2)}
+
+  return provide
+
+
 # Random crops of an image: one of image_size, several of it, or several of the
 # spec's size that show data.local_scale of it.
 _CROPS = ("image", "views", "local_views")
@@ -69,6 +86,7 @@ PROVIDERS: dict[str, Callable[[Any, Mapping[str, Any]], Provider]] = {
   "views": _crops,  # [B, V, H, W, C]
   "local_views": _crops,
   "label": _labels,
+  "key": _keys,  # uint32 [B, 2], of JAX: other in every epoch
   "context_ids": _masks,
   "context_valid": _masks,
   "target_ids": _masks,

@@ -18,7 +18,7 @@ import numpy as np
 from jepa_jax.masks.arrays import Array
 
 # Streams: what a run's seed is used for. No two uses may share one.
-ORDER, AUGMENT, MASK_IMAGE, MASK_BATCH = range(1, 5)
+ORDER, AUGMENT, MASK_IMAGE, MASK_BATCH, OBJECTIVE = range(1, 6)
 
 _PERMUTATIONS = 256  # fixed random ones that `permutation` composes
 

@@ -17,6 +17,7 @@ from jepa_jax.models.patches import (
   patchify,
   sincos_positions,
 )
+from jepa_jax.models.unet import UNet
 from jepa_jax.models.vit import SIZES, Encoder, Predictor
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
   "Kernels",
   "Predictor",
   "SIZES",
+  "UNet",
   "gather_patches",
   "height_and_width",
   "normalize_images",

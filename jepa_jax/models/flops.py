@@ -8,7 +8,11 @@ Reference: Chowdhery et al. 2022, appendix B (model FLOPs utilisation),
   arXiv:2204.02311.
 """
 
+import math
 from typing import Any
+
+import jax
+import numpy as np
 
 
 def block(
@@ -75,3 +79,46 @@ def predictor(network: Any, context: int, targets: int, blocks: int) -> int:
 def embedding(network: Any, patches: int, channels: int) -> int:
   """Operations of the patch embedding of an image, forward."""
   return 2 * patches * network.patch_size**2 * channels * network.width
+
+
+def products(function: Any, *inputs: Any) -> int:
+  """Operations of all products and convolutions in a function, forward.
+
+  Args:
+    function: of arrays, without loops.
+    inputs: arrays or shapes.
+  """
+
+  def count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        sides = (equation.invars[0].aval.shape[i] for i in contracted)
+        total += 2 * equation.outvars[0].aval.size * math.prod(sides)
+      elif equation.primitive.name == "conv_general_dilated":
+        total += _convolution(equation)
+      for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)
+        total += count(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+  return count(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
+def _convolution(equation: Any) -> int:
+  """Operations of a convolution; what meets padding is none."""
+  image, kernel = (x.aval.shape for x in equation.invars)
+  axes = equation.params["dimension_numbers"]
+  out = equation.outvars[0].aval.shape
+  total = 2 * out[axes.out_spec[0]] * out[axes.out_spec[1]]
+  total *= kernel[axes.rhs_spec[1]]
+  strides, padding = (
+    equation.params["window_strides"], equation.params["padding"]
+  )  # fmt: skip
+  for i, (stride, (before, _)) in enumerate(zip(strides, padding)):
+    side, size = image[axes.lhs_spec[2 + i]], kernel[axes.rhs_spec[2 + i]]
+    starts = stride * np.arange(out[axes.out_spec[2 + i]]) - before
+    seen = starts[:, None] + np.arange(size)
+    total *= int(((seen >= 0) & (seen < side)).sum())
+  return total

@@ -25,6 +25,7 @@ OBJECTIVES = {
   "cae": "jepa_jax.objectives.cae:CAE",
   "ibot": "jepa_jax.objectives.ibot:IBOT",
   "lejepa": "jepa_jax.objectives.lejepa:LeJEPA",
+  "decoder": "jepa_jax.objectives.decoder:Decoder",
 }
 
 Params = dict[str, Any]  # network -> tree of its parameters

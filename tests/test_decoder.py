@@ -1,0 +1,176 @@
+"""The decoder: what it decodes, where its networks come from, its samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_program
+
+from jepa_jax import models, objectives
+from jepa_jax.convert import runs, warm_start
+from jepa_jax.models import flops
+from jepa_jax.objectives import decoder
+
+WHOLE = ("target", "prediction")
+
+
+def objective(condition="prediction", **changes):
+  config = test_program.config_of("decoder")
+  config.encoder.depth = 1
+  config.method.update(condition=condition, **changes)
+  return objectives.load("decoder").from_config(config), config
+
+
+def batch_of(spec):
+  rng = np.random.default_rng(0)
+  patches = lambda x: np.tile(np.arange(25), (*x.shape[:-1], 1))
+  ids = lambda x: rng.permuted(patches(x), axis=-1)[..., : x.shape[-1]]
+  makers = {
+    "uint8": lambda x: rng.integers(0, 256, x.shape, np.uint8),
+    "uint32": lambda x: rng.integers(0, 2**32, x.shape, np.uint32),
+    "int32": ids,
+    "bool": lambda x: np.arange(x.shape[-1]) < rng.integers(
+      2, x.shape[-1] + 1, (*x.shape[:-1], 1)),
+  }  # fmt: skip
+  return {k: makers[str(x.dtype)](x) for k, x in spec.items()}
+
+
+@pytest.mark.parametrize(
+  "condition",
+  ["patch", *(pytest.param(c, marks=pytest.mark.slow) for c in WHOLE)],
+)
+def test_what_is_decoded_is_what_the_frozen_networks_say(condition):
+  of, _ = objective(condition)
+  params = jax.jit(of.init)(jax.random.key(1))
+  assert {*of.frozen} == {*params} - {"unet"} == {*of.networks} - {"unet"}
+  batch = batch_of(of.batch_spec(4))
+  found = of.targets(params, batch, {})
+  assert found.shape == (4, 28)
+  images = models.normalize_images(batch["image"], of.mean, of.std)
+  if condition != "prediction":
+    features = of.encoder.apply({"params": params["encoder"]}, images)
+    if condition == "target":
+      np.testing.assert_allclose(found, features.mean(axis=1), atol=1e-5)
+    else:  # one of the image's own patches, not the same one of each image
+      away = np.abs(features - found[:, None]).max(axis=-1)
+      assert away.min(axis=1).max() < 1e-5
+      assert len({*away.argmin(axis=1)}) > 1
+    return
+  context = of.encoder.apply(
+    {"params": params["context_encoder"]}, images, batch["context_ids"],
+    batch["context_valid"],
+  )  # fmt: skip
+  predicted = of.predictor.apply(
+    {"params": params["predictor"]}, context, batch["context_ids"],
+    batch["target_ids"], of.grid, batch["context_valid"],
+    batch["target_valid"],
+  )[:, 0]  # fmt: skip
+  valid = batch["target_valid"][..., None]
+  means = (predicted * valid).sum(axis=2) / valid.sum(axis=2)  # [B, M, D]
+  away = np.abs(means - found[:, None]).max(axis=-1)
+  assert away.min(axis=1).max() < 1e-4 < np.sort(away, axis=1)[:, 1].min()
+  assert len({*away.argmin(axis=1)}) > 1  # blocks are drawn by image
+
+
+class State(dict):
+  """Parts of a state as warm_start takes them."""
+
+  __getattr__ = dict.__getitem__
+
+  def replace(self, **parts):
+    return State(self | parts)
+
+
+def test_networks_come_from_a_run_and_are_found_in_the_decoders(monkeypatch):
+  of, _ = objective()
+  number = iter(range(1, 10**4))  # every array is of another value
+  tree = jax.tree.map(
+    lambda x: np.full(x.shape, next(number), x.dtype),
+    jax.eval_shape(of.init, jax.random.key(2)),
+  )
+  weights = dict(
+    target=tree["encoder"], context=tree["context_encoder"],
+    predictor=tree["predictor"],
+  )  # fmt: skip
+
+  class Weights:
+    networks = weights
+    encoder = {"num_heads": 7, "width": 28}
+    predictor = {"num_heads": 3}
+    grid = (5, 5)
+
+  monkeypatch.setattr(warm_start.formats, "read", lambda *_: Weights())
+  blank = jax.tree.map(jnp.zeros_like, tree)
+  unet = blank.pop("unet")
+  state = State(params={"unet": unet}, target_params={}, frozen=blank)
+  filled = warm_start.warm_start(
+    state, "a run", which="all", networks=of.networks
+  )
+  for name, source in (
+    ("encoder", "target"),
+    ("context_encoder", "context"),
+    ("predictor", "predictor"),
+  ):
+    same = jax.tree.map(np.array_equal, filled.frozen[name], weights[source])
+    assert all(jax.tree.leaves(same)), name
+  saved = {"params": {"unet": 0}, "target_params": {"unet": 0}}
+  saved["frozen"] = dict.fromkeys(of.frozen, 0)
+  assert runs._find(saved, "all") == {
+    "target": ("frozen", "encoder"),
+    "context": ("frozen", "context_encoder"),
+    "predictor": ("frozen", "predictor"),
+  }
+  # A single frozen encoder is not called what it may not be.
+  assert runs._find({"frozen": {"encoder": 0}}, None) == {
+    "context": ("frozen", "encoder")
+  }
+
+
+def test_moments_standardise_the_representations():
+  x = np.random.default_rng(0).normal(3, 2, (500, 4)).astype(np.float32)
+  moments = {"mean": x.mean(axis=0), "square": np.square(x).mean(axis=0)}
+  found = decoder.standardized(x, moments)
+  np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
+  np.testing.assert_allclose(found.std(axis=0), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("pixels", ["unit", "data"])
+def test_images_are_drawn_on_the_scale_that_they_are_learned_on(pixels):
+  of, _ = objective(pixels=pixels, image_size=40, patch_size=4)
+  images = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
+  drawn = of.drawn(images)
+  if pixels == "unit":
+    np.testing.assert_allclose(drawn, images / 127.5 - 1, atol=1e-5)
+  else:
+    again = models.normalize_images(images, of.mean, of.std)
+    np.testing.assert_allclose(drawn, again, atol=1e-4)
+  # A network that knows the image says its noise; samples are the image.
+  mean, std = of._scale
+  goal = (images[:1] / 255 - mean) / std
+  signal = jnp.asarray(decoder.diffusion.linear_signal(of.steps), jnp.float32)
+
+  class Oracle:
+    def apply(self, params, noisy, level, given, known):
+      a = signal[level][:, None, None, None]
+      return (noisy - jnp.sqrt(a) * goal) / jnp.sqrt(1 - a)
+
+  object.__setattr__(of, "unet", Oracle())
+  found = of.samples(
+    {}, of.buffers(), None, jax.random.split(jax.random.key(0), 2), steps=3
+  )
+  np.testing.assert_array_equal(found, np.repeat(images[:1], 2, axis=0))
+
+
+@pytest.mark.parametrize(
+  "stride, padding", [(1, "SAME"), (2, "VALID"), (1, ((2, 0), (0, 1)))]
+)
+def test_convolutions_are_counted_where_they_meet_pixels(stride, padding):
+  image, kernel = np.ones((1, 5, 7, 2)), np.ones((3, 2, 2, 4))
+  run = lambda x: jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )  # fmt: skip
+  # Of ones, every output is the number of products that made it.
+  assert flops.products(run, image) == 2 * int(run(image).sum())
+  nested = jax.jit(lambda x: jnp.einsum("nhwc,nhwd->cd", x, x))
+  assert flops.products(nested, image) == 2 * 5 * 7 * 2 * 2
