@@ -87,7 +87,7 @@ STEPS = {
   "ibot_in1k.py:vits16": ("a100:4", ("method.local_views=1",)),
   "lejepa_in1k.py:vitb16": ("a100:4", ("method.local_views=1",)),
   "rivals.py:mae,scenes": ("l40s:4", ()),
-  "decoder.py:in1k": ("h100:8", ("mesh.fsdp=8",)),
+  "decoder.py:scenes": ("l40s:1", ()),
   "transfer.py": ("h100:8", ("mesh.fsdp=8",)),
   "finetune_in1k.py:vitl16_1pct": ("h100:8", ("mesh.fsdp=8",)),
   "mae_in1k.py:vith14": ("h100:8", ("mesh.fsdp=8",)),
