@@ -5,15 +5,16 @@ Command:   python -m jepa_jax.train --config experiments/decoder.py:scenes \\
            --config.method.condition=target decodes averaged targets (Figures
            7 and 8 of the paper), and needs a target encoder alone:
            --config.init_which=target.
-Hardware:  scenes: 2 CPU cores, half an hour, after experiments/quickstart.py.
+Hardware:  scenes: 2 CPU cores, about an hour, after experiments/quickstart.py.
            in1k: GPUs or a TPU slice; `python -m jepa_jax.plan` says how many.
            The network has 422 million parameters.
 Data:      in1k: TFDS imagenet2012, prepared by hand from the two archives.
 Expected:  samples of a prediction agree in what is predicted, such as pose and
            category of an object, and differ in detail and background.
 Seen:      in1k: not run here. scenes: not run to its end; its error of the
-           noise was .07 after 1,500 steps on averaged targets. Samples have
-           not been compared with their images yet.
+           noise was .07 after 1,500 steps on averaged targets, which is too
+           few: samples were coloured noise, and no nearer to their image than
+           samples of no representation. How many it needs is not known.
 
 in1k follows appendix E of Assran et al. 2023 (arXiv:2301.08243), which takes
 the defaults of Bordes et al. 2022 (arXiv:2112.09164): 300,000 iterations, 1,000
