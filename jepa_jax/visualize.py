@@ -13,6 +13,8 @@ NAME is one of
     errors      how well blocks are predicted, against distance to the context
     map         the images where their features put them, on a plane
     neighbours  images with those nearest by features and by pixels
+    decode      images that have such features, drawn by the run of a decoder
+                (experiments/decoder.py), beside the nearest image
     runs        the curves of several runs on one page
     film        features over the checkpoints of a run, as a GIF
 
@@ -188,6 +190,24 @@ def _neighbours(source):
   return embedding.draw_neighbours(source.images, vectors)
 
 
+def _decode(source):
+  from jepa_jax.pictures import decoding
+
+  if source.run is None:
+    raise ValueError("what draws is the run of a decoder; give --workdir.")
+  objective, state, masks = decoding.load(source.run, source.flags.step)
+  if source.flags.score:
+    scores = decoding.fidelity(
+      objective, state, source.images, masks, seed=source.flags.seed
+    )
+    print(decoding.in_words(scores))
+  found = decoding.decode(
+    objective, state, source.images, masks,
+    samples=source.flags.samples or 3, seed=source.flags.seed,
+  )  # fmt: skip
+  return decoding.draw(source.images, found)
+
+
 def _runs(source):
   from jepa_jax.pictures import training
 
@@ -210,10 +230,11 @@ PICTURES = {
   "errors": Picture(_errors, 256, ("seed",)),
   "map": Picture(_map, 500, ("method", "seed")),
   "neighbours": Picture(_neighbours, 500),
+  "decode": Picture(_decode, 64, ("samples", "score", "seed")),
   "runs": Picture(_runs, 0),
   "film": Picture(_film, 6, ("fine",)),
 }
-_OWN = ("fine", "foreground", "layer", "method", "patch", "seed")
+_OWN = sorted({flag for picture in PICTURES.values() for flag in picture.flags})
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -274,13 +295,19 @@ if __name__ == "__main__":
     "--seed",
     keys.whole(0, 2**32 - 1),
     default=0,
-    help="of masks, errors and maps",
+    help="of masks, errors, maps and samples",
   )
+  add("--samples", keys.whole(1, 100), help="of decode: an image, 3 by default")
   add(
     "--fine",
     keys.whole(1, 1000),
     help="vectors along a side of a patch, for a finer map of features; the "
     "images are encoded FINE x FINE times. By default up to 4",
+  )
+  flags.add_argument(
+    "--score",
+    action="store_true",
+    help="of decode: print how near samples of all images come to them",
   )
   flags.add_argument(
     "--foreground",

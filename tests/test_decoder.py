@@ -1,5 +1,7 @@
 """The decoder: what it decodes, where its networks come from, its samples."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from jepa_jax import models, objectives
 from jepa_jax.convert import runs, warm_start
 from jepa_jax.models import flops
 from jepa_jax.objectives import decoder
+from jepa_jax.pictures import decoding
+from jepa_jax.training import program, workdir
 
 WHOLE = ("target", "prediction")
 
@@ -145,7 +149,7 @@ def test_images_are_drawn_on_the_scale_that_they_are_learned_on(pixels):
     again = models.normalize_images(images, of.mean, of.std)
     np.testing.assert_allclose(drawn, again, atol=1e-4)
   # A network that knows the image says its noise; samples are the image.
-  mean, std = of._scale
+  mean, std = of.scale
   goal = (images[:1] / 255 - mean) / std
   signal = jnp.asarray(decoder.diffusion.linear_signal(of.steps), jnp.float32)
 
@@ -174,3 +178,73 @@ def test_convolutions_are_counted_where_they_meet_pixels(stride, padding):
   assert flops.products(run, image) == 2 * int(run(image).sum())
   nested = jax.jit(lambda x: jnp.einsum("nhwc,nhwd->cd", x, x))
   assert flops.products(nested, image) == 2 * 5 * 7 * 2 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["patch", "prediction"])
+def test_a_sheet_of_samples_names_what_was_drawn(condition):
+  of, config = objective(condition, steps=21)
+  params = jax.jit(of.init)(jax.random.key(1))
+  frozen = {name: params.pop(name) for name in of.frozen}
+  state = program.TrainState(
+    step=0, params=params, target_params={}, opt_state=(), frozen=frozen,
+    buffers=of.buffers(),
+  )  # fmt: skip
+  images = np.random.default_rng(0).integers(
+    0, 256, (4, *of.image_shape), np.uint8
+  )
+  images[3] = images[0]
+  found = decoding.decode(
+    of, state, images, config.masks, shown=3, samples=2, steps=2
+  )
+  assert found.samples.shape == (3, 2, *of.size, of.image_shape[-1])
+  assert found.samples.dtype == np.uint8
+  assert (found.samples[:, 0] != found.samples[:, 1]).any()
+  sizes = found.block.sum(axis=(1, 2))
+  if condition == "patch":
+    assert found.context is None and (sizes == 1).all()
+    assert found.nearest[0] == 3  # it has the same patch, and is another image
+  else:
+    assert (sizes > 1).all() and not (found.block & found.context).any()
+  panels = 1 + (condition == "prediction") + 2 + 1
+  assert len(decoding.draw(images, found).axes) == 3 * panels
+  with pytest.raises(ValueError, match="1 image"):
+    decoding.decode(of, state, images[:1])
+
+
+def test_samples_that_are_the_images_have_their_colours_and_features(
+  monkeypatch,
+):
+  size = objective("patch")[0].image_shape[:2]
+  of, _ = objective("patch", image_size=size)
+  params = jax.jit(of.init)(jax.random.key(1))
+  frozen = {name: params.pop(name) for name in of.frozen}
+  state = program.TrainState(
+    step=0, params=params, target_params={}, opt_state=(), frozen=frozen,
+    buffers=of.buffers(),
+  )  # fmt: skip
+  images = np.random.default_rng(0).integers(
+    0, 256, (8, *of.image_shape), np.uint8
+  )
+
+  def samples(self, params, buffers, wanted, keys, steps):
+    return jnp.asarray(images if wanted is not None else 0 * images)
+
+  monkeypatch.setattr(decoder.Decoder, "samples", samples)
+  found = decoding.fidelity(of, state, images)
+  assert found["top1"] == found["top5"] == 100
+  for distance in found["own"]:
+    np.testing.assert_allclose(distance, 0, atol=1e-6)
+  # All of black's pixels are in one bin, 1/16 of the images'.
+  np.testing.assert_allclose(found["none"][0], 15 / 16, atol=0.03)
+  assert (found["none"][1] > 1e-3).all()
+  assert "100.0 %" in decoding.in_words(found)
+  with pytest.raises(ValueError, match="5 images"):
+    decoding.fidelity(of, state, images[:5])
+
+
+def test_what_draws_is_the_run_of_a_decoder(tmp_path):
+  config = test_program.config_of("ijepa")
+  (tmp_path / "config.json").write_text(json.dumps(workdir.describe(config)))
+  with pytest.raises(ValueError, match='"ijepa", which draws no images'):
+    decoding.load(tmp_path)

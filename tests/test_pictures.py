@@ -273,14 +273,17 @@ def test_curves_of_runs_share_a_page(tmp_path):
     ({"name": "map", "workdir": "a", "fine": 2}, "--fine is of pca, similar"),
     ({"name": "pca", "workdir": "nowhere"}, "no file or folder nowhere"),
     ({"name": "film", "weights": "a.npz"}, "give --workdir"),
+    ({"name": "decode", "weights": "a.npz"}, "give --workdir"),
+    ({"name": "pca", "workdir": "a", "score": True}, "--score is of decode"),
   ],
 )
 def test_the_command_refuses(flags, words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   every = dict.fromkeys(
     ("workdir", "weights", "step", "images", "split", "count", "out", "fine",
-     "patch", "layer", "method")
+     "patch", "layer", "method", "samples")
   )  # fmt: skip
-  every |= {"run": [], "seed": 0, "foreground": False} | flags
+  every |= {"run": [], "seed": 0, "foreground": False, "score": False}
+  every |= flags
   with pytest.raises(ValueError, match=words):
     visualize.main(argparse.Namespace(**every))

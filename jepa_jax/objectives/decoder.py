@@ -218,19 +218,33 @@ class Decoder(objectives.Objective):
     ).astype(jnp.float32)
     if self.condition == "target":
       return features.mean(axis=1)
-    count = features.shape[1]
-    patch = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, count))
-    return models.gather_patches(features, patch(_keys(batch, 0)))[:, 0]
+    return models.gather_patches(features, self.places(batch)[0])[:, 0]
+
+  def places(self, batch: objectives.Batch) -> tuple[jax.Array, jax.Array]:
+    """The patches that a representation is of, drawn by the batch's key.
+
+    Returns:
+      ids int32 [B, T] and which of them are valid, bool [B, T].
+    """
+    keys, (rows, columns) = _keys(batch, 0), self.grid
+    draw = lambda count: jax.vmap(
+      lambda key: jax.random.randint(key, (1,), 0, count)
+    )(keys)
+    if self.condition == "prediction":
+      block = draw(batch["target_ids"].shape[1])
+      ids, valid = (
+        models.gather_patches(batch[name], block)[:, 0]
+        for name in ("target_ids", "target_valid")
+      )
+      return ids, valid
+    ids = draw(rows * columns)
+    if self.condition == "target":
+      ids = jnp.tile(jnp.arange(rows * columns), (len(ids), 1))
+    return ids, jnp.ones(ids.shape, bool)
 
   def _predictions(self, networks, images, batch) -> jax.Array:
     """Averaged prediction of one block of each image, [B, D]."""
-    count = batch["target_ids"].shape[1]
-    block = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, count))
-    block = block(_keys(batch, 0))
-    ids, valid = (
-      models.gather_patches(batch[name], block)  # [B, 1, T]
-      for name in ("target_ids", "target_valid")
-    )
+    ids, valid = (x[:, None] for x in self.places(batch))  # [B, 1, T]
     context_ids, context_valid = (
       batch[name][:, :1] for name in ("context_ids", "context_valid")
     )
@@ -285,13 +299,13 @@ class Decoder(objectives.Objective):
 
   def drawn(self, images: jax.Array) -> jax.Array:
     """Images uint8 [B, H, W, C] as they are to be drawn: [B, h, w, C]."""
-    mean, std = self._scale
+    mean, std = self.scale
     shape = (len(images), *self.size, images.shape[-1])
     images = jax.image.resize(images.astype(jnp.float32), shape, "linear")
     return (images / 255 - mean) / std
 
   @property
-  def _scale(self) -> tuple[jax.Array, jax.Array]:
+  def scale(self) -> tuple[jax.Array, jax.Array]:
     """Mean and deviation of drawn pixels, on a scale of 0 to 1."""
     unit = self.pixels == "unit"
     mean, std = (0.5, 0.5) if unit else (self.mean, self.std)
@@ -304,8 +318,8 @@ class Decoder(objectives.Objective):
     representations: jax.Array | None,
     keys: jax.Array,
     *,
-    steps: int = 50,
-    eta: float = 0.0,
+    steps: int = 200,
+    eta: float = 1.0,
     guidance: float = 1.0,
   ) -> jax.Array:
     """Draws images.
@@ -342,7 +356,7 @@ class Decoder(objectives.Objective):
         found = blind + guidance * (found - blind)
       return found
 
-    mean, std = self._scale
+    mean, std = self.scale
     images = diffusion.sample(
       predict,
       keys,
