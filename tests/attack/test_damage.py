@@ -213,13 +213,13 @@ def test_the_command_lists_and_verifies(folder, capsys, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_a_checkpoint(tmp_path, states, caplog, capfd):
-  mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]
   if subprocess.run(mount, capture_output=True).returncode:
     pytest.skip("mounting a disk of its own needs root")
   settings = conftest.small_config().checkpoint
   try:
     with checkpoints.Checkpoints(tmp_path / "run", settings) as saved:
-      (tmp_path / "ballast").write_bytes(bytes(900_000))
+      (tmp_path / "ballast").write_bytes(bytes(4 * 2**20 - 150_000))
       for state in states[1].values():
         saved.save(state)
         saved.wait()
