@@ -35,6 +35,7 @@ def positive(rows, *names):
   return all(np.isfinite(row[n]) and row[n] > 0 for row in rows for n in names)
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_of_masks_on_one_core():
   flags = "masks --json --rounds 1 --batches 2 --batch_size 3"
   flags += " --grid 12x9 --sampler corrected rasterized"
@@ -58,6 +59,7 @@ def test_a_wrong_sampler_is_named_with_the_known_ones():
     masks.measure(["corected"], [(8, 8)])
 
 
+@pytest.mark.slow
 def test_data_compares_the_pipeline_with_pil(one_core):
   rows = data.measure(
     None, cores=one_core, images=5, batch_size=3, rounds=1, batches=2
