@@ -12,10 +12,8 @@ Data:      in1k: TFDS imagenet2012, prepared by hand from the two archives.
 Expected:  samples of a prediction agree in what is predicted, such as pose and
            category of an object, and differ in detail and background.
 Seen:      in1k: not run here. scenes: not run to its end; its error of the
-           noise was .07 after 1,500 steps on averaged targets. Samples of 25
-           steps of DDIM were coloured noise then; those of 200 ancestral steps
-           were nearer to their own image than to another's (features of 32
-           test images: 1.9 and 3.3). How many steps it needs is not known.
+           noise was .07 after 1,500 steps, and samples looked like scenes, but
+           not like the scene of their image: docs/pictures.md.
 
 in1k follows appendix E of Assran et al. 2023 (arXiv:2301.08243), which takes
 the defaults of Bordes et al. 2022 (arXiv:2112.09164): 300,000 iterations, 1,000
