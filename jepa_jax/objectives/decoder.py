@@ -9,6 +9,7 @@ Reference: Bordes et al. 2022, arXiv:2112.09164; Assran et al. 2023, section 8
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -226,20 +227,15 @@ class Decoder(objectives.Objective):
     Returns:
       ids int32 [B, T] and which of them are valid, bool [B, T].
     """
-    keys, (rows, columns) = _keys(batch, 0), self.grid
-    draw = lambda count: jax.vmap(
-      lambda key: jax.random.randint(key, (1,), 0, count)
-    )(keys)
-    if self.condition == "prediction":
-      block = draw(batch["target_ids"].shape[1])
-      ids, valid = (
-        models.gather_patches(batch[name], block)[:, 0]
-        for name in ("target_ids", "target_valid")
-      )
-      return ids, valid
-    ids = draw(rows * columns)
+    predicts, patches = self.condition == "prediction", math.prod(self.grid)
+    count = batch["target_ids"].shape[1] if predicts else patches
+    one = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, count))
+    ids = one(_keys(batch, 0))
+    if predicts:
+      names = "target_ids", "target_valid"
+      return tuple(models.gather_patches(batch[x], ids)[:, 0] for x in names)
     if self.condition == "target":
-      ids = jnp.tile(jnp.arange(rows * columns), (len(ids), 1))
+      ids = jnp.tile(jnp.arange(patches), (len(ids), 1))
     return ids, jnp.ones(ids.shape, bool)
 
   def _predictions(self, networks, images, batch) -> jax.Array:
