@@ -446,6 +446,10 @@ def test_charts_have_words_for_names_and_none_comes_twice(tmp_path):
     "Memory of the host, GiB", "Share of the devices' peak FLOPs",
     "My metric", "Teacher entropy, by part",
   ]  # fmt: skip
+  # Words about targets that the network makes are of those that make them.
+  assert "can be healthy" not in read(tmp_path)[1]
+  lines = [json.dumps({"step": n, **values, "momentum": 0.9}) for n in (1, 2)]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
   assert "can be healthy" in read(tmp_path)[1]
   metrics["images_per_second_per_chip"][1][:] = 2.5  # two devices
   (chart,) = [

@@ -142,13 +142,16 @@ def draw(metrics: Metrics) -> dict[str, dict[str, Any]]:
       section, title = "Other", _words(name)
     charts = sections.setdefault(section, {})
     charts[title] = (*charts.get(title, ()), name)
+  notes = dict(NOTES)
+  if "momentum" not in metrics:  # nothing is averaged: no targets of its own
+    del notes["Learning"]
   drawn = {}
   for section, charts in sections.items():
     for title, names in charts.items():
       series = [(_line_name(n), *metrics[n]) for n in names if n in metrics]
       if series:
         part = drawn.setdefault(
-          section, {"note": NOTES.get(section, ""), "charts": []}
+          section, {"note": notes.get(section, ""), "charts": []}
         )
         number = sum(len(x["charts"]) for x in drawn.values())
         part["charts"].append(_chart(title, series, number))
