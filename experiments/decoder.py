@@ -5,7 +5,8 @@ Command:   python -m jepa_jax.train --config experiments/decoder.py:scenes \\
            --config.method.condition=target decodes averaged targets (Figures
            7 and 8 of the paper), and needs a target encoder alone:
            --config.init_which=target.
-Hardware:  scenes: 2 CPU cores, about an hour, after experiments/quickstart.py.
+Hardware:  scenes: 2 CPU cores, an hour as estimated from its first quarter,
+           after experiments/quickstart.py.
            in1k: GPUs or a TPU slice; `python -m jepa_jax.plan` says how many.
            The network has 422 million parameters.
 Data:      in1k: TFDS imagenet2012, prepared by hand from the two archives.

@@ -180,19 +180,22 @@ def test_convolutions_are_counted_where_they_meet_pixels(stride, padding):
   assert flops.products(nested, image) == 2 * 5 * 7 * 2 * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("condition", ["patch", "prediction"])
-def test_a_sheet_of_samples_names_what_was_drawn(condition):
-  of, config = objective(condition, steps=21)
+def state_and_images(of, count):
   params = jax.jit(of.init)(jax.random.key(1))
   frozen = {name: params.pop(name) for name in of.frozen}
   state = program.TrainState(
     step=0, params=params, target_params={}, opt_state=(), frozen=frozen,
     buffers=of.buffers(),
   )  # fmt: skip
-  images = np.random.default_rng(0).integers(
-    0, 256, (4, *of.image_shape), np.uint8
-  )
+  shape = (count, *of.image_shape)
+  return state, np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["patch", "prediction"])
+def test_a_sheet_of_samples_names_what_was_drawn(condition):
+  of, config = objective(condition, steps=21)
+  state, images = state_and_images(of, 4)
   images[3] = images[0]
   found = decoding.decode(
     of, state, images, config.masks, shown=3, samples=2, steps=2
@@ -217,15 +220,7 @@ def test_samples_that_are_the_images_have_their_colours_and_features(
 ):
   size = objective("patch")[0].image_shape[:2]
   of, _ = objective("patch", image_size=size)
-  params = jax.jit(of.init)(jax.random.key(1))
-  frozen = {name: params.pop(name) for name in of.frozen}
-  state = program.TrainState(
-    step=0, params=params, target_params={}, opt_state=(), frozen=frozen,
-    buffers=of.buffers(),
-  )  # fmt: skip
-  images = np.random.default_rng(0).integers(
-    0, 256, (8, *of.image_shape), np.uint8
-  )
+  state, images = state_and_images(of, 8)
 
   def samples(self, params, buffers, wanted, keys, steps):
     return jnp.asarray(images if wanted is not None else 0 * images)
