@@ -29,7 +29,7 @@ import ml_collections
 
 from jepa_jax import config
 
-STEPS = 80_000  # of 32 images of 16 patches; fewer of more
+STEPS = 40_000  # of 32 images of 16 patches; fewer of more
 MOST_EPOCHS = 400
 # Mean and standard deviation of the pixels, side, channels, images.
 KNOWN = {
