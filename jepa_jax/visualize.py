@@ -17,6 +17,8 @@ NAME is one of
                 (experiments/decoder.py), beside the nearest image
     runs        the curves of several runs on one page
     film        features over the checkpoints of a run, as a GIF
+    gallery     the first seven of these that the run's networks allow, in
+                DIR/gallery and in the run's report
 
 Images are those of --images, else of the run's own data that it was not trained
 on. The picture is written to --out, PNG or WebP by its ending (a film: GIF);
@@ -25,6 +27,7 @@ NAME.png (film.gif) by default.
 
 import argparse
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
 import sys
@@ -99,6 +102,12 @@ class Source:
     if self._images is None:
       self._images = self._read()
     return self._images
+
+  def showing(self, images: Any) -> "Source":
+    """The same of these images."""
+    other = copy.copy(self)
+    other._images = images
+    return other
 
   @property
   def fine(self) -> int:
@@ -234,12 +243,60 @@ PICTURES = {
   "runs": Picture(_runs, 0),
   "film": Picture(_film, 6, ("fine",)),
 }
+# What a run's report shows.
+GALLERY = (
+  *("masks", "pca", "similarity", "attention", "errors", "map", "neighbours"),
+)
 _OWN = sorted({flag for picture in PICTURES.values() for flag in picture.flags})
+
+
+def gallery(arguments: argparse.Namespace) -> int:
+  """Draws GALLERY into the workdir, and the report with it.
+
+  Raises:
+    ValueError: no run, no checkpoint, or nothing of it can be drawn.
+  """
+  from jepa_jax.evaluation import report
+  from jepa_jax.pictures import layout
+  from jepa_jax.training import checkpoints
+
+  refused = [f"--{flag}" for flag in (*_OWN, "out") if getattr(arguments, flag)]
+  if arguments.workdir is None or refused:
+    words = f"takes no {refused[0]}" if refused else "needs --workdir of a run"
+    raise ValueError(f"gallery {words}.")
+  source = Source(
+    arguments, arguments.count or max(PICTURES[x].images for x in GALLERY)
+  )
+  step = arguments.step
+  if step is None and source.config:
+    step = max(checkpoints.steps(source.run / "checkpoints"), default=None)
+  if step is None:
+    raise ValueError(f"{source.run} holds no checkpoint yet.")
+  shown = source.images
+  folder, drawn = source.run / report.GALLERY / str(step), 0
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in GALLERY:
+    try:
+      figure = PICTURES[name].draw(
+        source.showing(shown[: PICTURES[name].images])
+      )
+    except ValueError as error:  # such as errors without a predictor
+      print(f"{name}: not drawn: {error}", file=sys.stderr)
+      continue
+    layout.write(figure, folder / f"{name}.webp")
+    print(f"picture: {folder / name}.webp", file=sys.stderr)
+    drawn += 1
+  if not drawn:
+    raise ValueError(f"nothing of {source.run} can be drawn.")
+  print(f"report: {report.write(source.run)}", file=sys.stderr)
+  return 0
 
 
 def main(arguments: argparse.Namespace) -> int:
   """The command."""
   name = arguments.name
+  if name == "gallery":
+    return gallery(arguments)
   picture = PICTURES[name]
   for flag in _OWN:
     if (
@@ -277,7 +334,12 @@ if __name__ == "__main__":
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = functools.partial(keys.add_flag, flags)
-  add("name", keys.Choice(tuple(PICTURES)), metavar="NAME", help="see above")
+  add(
+    "name",
+    keys.Choice((*PICTURES, "gallery")),
+    metavar="NAME",
+    help="see above",
+  )
   add("run", keys.FOLDER, nargs="*", metavar="DIR", help="of runs")
   add("--workdir", keys.FOLDER, help="folder of a run")
   add(

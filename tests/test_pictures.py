@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from jepa_jax import config as config_lib
 from jepa_jax import models, pretrained, visualize
 from jepa_jax.objectives import ijepa
 from jepa_jax.pictures import (
@@ -262,9 +263,47 @@ def test_curves_of_runs_share_a_page(tmp_path):
     training.film(tmp_path / "a/run", IMAGES)
 
 
+def flags_of(**given):
+  """All flags of the command, unset unless given."""
+  every = dict.fromkeys(
+    ("workdir", "weights", "step", "images", "split", "count", "out", "fine",
+     "patch", "layer", "method", "samples")
+  )  # fmt: skip
+  every |= {"run": [], "seed": 0, "foreground": False, "score": False}
+  return argparse.Namespace(**every | given)
+
+
+def test_the_gallery_is_part_of_the_report(
+  model, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(pretrained, "load", lambda *_, **__: model)
+  monkeypatch.setattr(
+    visualize.Source, "_read", lambda _: np.tile(IMAGES, (2, 1, 1, 1))
+  )
+  flags = flags_of(name="gallery", workdir=str(tmp_path))
+  with pytest.raises(ValueError, match="there is no .*config.json"):
+    visualize.main(flags)
+  config = config_lib.defaults()
+  config.masks.min_keep = 0
+  text = json.dumps(config.to_dict())
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match="holds no checkpoint yet"):
+    visualize.main(flags)
+  for step in (3, 20):
+    (tmp_path / f"checkpoints/{step}").mkdir(parents=True)
+    assert visualize.main(flags) == 0
+  drawn = sorted(path.stem for path in tmp_path.glob("gallery/20/*.webp"))
+  assert drawn == sorted(set(visualize.GALLERY) - {"errors"})
+  assert "errors: not drawn: " in capsys.readouterr().err
+  page = (tmp_path / "report.html").read_text()
+  assert "of step 20." in page and page.count('class="sheet"') == len(drawn)
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
+    ({"name": "gallery", "weights": "a"}, "gallery needs --workdir"),
+    ({"name": "gallery", "workdir": "a", "fine": 2}, "takes no --fine"),
     ({"name": "film", "workdir": "a", "out": "a.png"}, "written as .gif"),
     ({"name": "pca"}, "pca needs --workdir of a run, or --weights"),
     ({"name": "pca", "workdir": "a", "weights": "b"}, "one of them"),
@@ -279,11 +318,5 @@ def test_curves_of_runs_share_a_page(tmp_path):
 )
 def test_the_command_refuses(flags, words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  every = dict.fromkeys(
-    ("workdir", "weights", "step", "images", "split", "count", "out", "fine",
-     "patch", "layer", "method", "samples")
-  )  # fmt: skip
-  every |= {"run": [], "seed": 0, "foreground": False, "score": False}
-  every |= flags
   with pytest.raises(ValueError, match=words):
-    visualize.main(argparse.Namespace(**every))
+    visualize.main(flags_of(**flags))

@@ -10,10 +10,13 @@ workdir; every part is optional, and the page says which is missing:
     pictures.npz      masks_image [n, H, W, C], masks_context [n, h, w],
                       masks_targets [n, M, h, w]; features_image [n, H, W, C],
                       features and features_random [n, h, w, D]
+    gallery/STEP      pictures, NAME.webp, drawn by jepa_jax.visualize; the
+                      newest step's are shown
 
 Words and style are in report.html.j2; here are the facts that it shows.
 """
 
+import base64
 from importlib import resources
 import io
 import json
@@ -32,6 +35,7 @@ from jepa_jax.evaluation import verdict as verdict_lib
 from jepa_jax.training import log
 
 SHOWN = 8  # pictures of each kind, at most
+GALLERY = "gallery"
 
 
 def write(workdir: str | os.PathLike[str]) -> epath.Path:
@@ -88,6 +92,7 @@ def write(workdir: str | os.PathLike[str]) -> epath.Path:
     curves_problem=metrics_problem or curves.not_recorded(metrics),
     masks=_masks(pictures, pictures_problem),
     features=_features(pictures, pictures_problem),
+    gallery=_gallery(workdir / GALLERY),
     config=config,
     config_problem=config_problem,
     run=run,
@@ -200,6 +205,23 @@ def _features(pictures, problem):
     for i in range(len(images))
   ]
   return {"problem": "", "strips": strips, "notes": notes}
+
+
+def _gallery(folder):
+  """The newest step's pictures, by name; None where none was drawn."""
+  found = folder.iterdir() if folder.is_dir() else ()
+  steps = [path for path in found if path.name.isdigit()]
+  if not steps:
+    return None
+  newest = max(steps, key=lambda path: int(path.name))
+  return {
+    "step": int(newest.name),
+    "pictures": {
+      path.stem: "data:image/webp;base64,"
+      + base64.b64encode(path.read_bytes()).decode()
+      for path in sorted(newest.glob("*.webp"))
+    },
+  }
 
 
 def _spectra(rows):
