@@ -272,7 +272,7 @@ def gallery(arguments: argparse.Namespace) -> int:
     step = max(checkpoints.steps(source.run / "checkpoints"), default=None)
   if step is None:
     raise ValueError(f"{source.run} holds no checkpoint yet.")
-  shown = source.images
+  shown, _ = source.images, source.model  # once for all pictures
   folder, drawn = source.run / report.GALLERY / str(step), 0
   folder.mkdir(parents=True, exist_ok=True)
   for name in GALLERY:

@@ -7,11 +7,13 @@ target encoder.
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 import numpy as np
 
 from jepa_jax import config as config_lib
@@ -92,9 +94,10 @@ def _read(
 ) -> tuple[dict[str, tuple[str, str]], Any]:
   import orbax.checkpoint as ocp
 
-  folder = checkpoint / "state"
-  with ocp.PyTreeCheckpointer() as reader:
-    saved = reader.metadata(folder).item_metadata.tree
+  folder = epath.Path(checkpoint / "state")
+  # A Checkpointer would warn that a part of a checkpoint is not a whole one.
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+    saved = reader.metadata(folder).tree
     places = _find(saved, which)
     if not predictor:
       places.pop("predictor", None)
