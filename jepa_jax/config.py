@@ -125,10 +125,19 @@ def evaluation_data(
 
 
 def read(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """Loads the config.json of a run; keys that it lacks have their defaults.
+  """Loads the config.json of a run; see `parse`."""
+  return parse(path.read_bytes(), path)
+
+
+def parse(text: str | bytes, path: Any) -> ml_collections.ConfigDict:
+  """A run's config from JSON; keys that it lacks have their defaults.
+
+  Args:
+    text: of config.json.
+    path: whose it is, for errors.
 
   Raises:
-    ValueError: it is no such file, or a value is out of its range.
+    ValueError: it is no such text, or a value is out of its range.
   """
 
   def restore(value: Any) -> Any:
@@ -139,7 +148,7 @@ def read(path: pathlib.Path) -> ml_collections.ConfigDict:
     return tuple(map(restore, value)) if isinstance(value, list) else value
 
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(text)
     lacking = [key for key in _OLDEST if key not in flatten(stored)]
     if lacking:
       raise ValueError(f"it lacks {', '.join(lacking[:3])}, which runs have")

@@ -200,11 +200,11 @@ def _neighbours(source):
 
 
 def _decode(source):
-  from jepa_jax.pictures import decoding
+  from jepa_jax.pictures import decoders, decoding
 
   if source.run is None:
     raise ValueError("what draws is the run of a decoder; give --workdir.")
-  objective, state, masks = decoding.load(source.run, source.flags.step)
+  objective, state, masks = decoders.load(source.run, source.flags.step)
   if source.flags.score:
     scores = decoding.fidelity(
       objective, state, source.images, masks, seed=source.flags.seed

@@ -1,22 +1,18 @@
 """What a representation says of an image, drawn by a decoder."""
 
 import dataclasses
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax import config as config_lib
 from jepa_jax import masks as masks_lib
-from jepa_jax import models, objectives
+from jepa_jax import models
 from jepa_jax.evaluation import figures
-from jepa_jax.evaluation import run as evaluation
 from jepa_jax.objectives import decoder as decoder_lib
 from jepa_jax.objectives import ijepa
 from jepa_jax.pictures import layout
-from jepa_jax.training import checkpoints, program, sharding
 
 if TYPE_CHECKING:
   from matplotlib import figure as figure_lib
@@ -43,38 +39,6 @@ class Decoded:
   block: np.ndarray
   context: np.ndarray | None
   nearest: np.ndarray
-
-
-def load(
-  workdir: pathlib.Path, step: int | None = None
-) -> tuple[decoder_lib.Decoder, Any, Any]:
-  """A decoder from its run.
-
-  Args:
-    workdir: of the run.
-    step: of the checkpoint; None for the newest.
-
-  Returns:
-    The objective, its TrainState and config.masks.
-
-  Raises:
-    ValueError: not the run of a decoder, or no such checkpoint.
-  """
-  config = config_lib.read(workdir / "config.json")
-  if not hasattr(objectives.load(config.objective), "samples"):
-    raise ValueError(
-      f'{workdir} is a run of objective "{config.objective}", which draws no '
-      "images; train a decoder of its networks first: experiments/decoder.py."
-    )
-  config = evaluation.resolve(config)
-  with config.unlocked():
-    config.mesh.update(data=-1, fsdp=1)
-  made = program.build(config, sharding.make_mesh(config.mesh))
-  with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-    state = saved.restore(made.state_spec, step)
-  if state is None:
-    raise ValueError(f"{workdir} holds no checkpoint yet.")
-  return made.objective, state, config.masks
 
 
 def decode(
