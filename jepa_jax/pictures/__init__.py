@@ -14,8 +14,10 @@ All but `images` and a decoder's run work without TensorFlow.
 
 EXAMPLE is the file of a small encoder to try them with: the target encoder of
 experiments/quickstart.py, 2,000 steps on rendered scenes of 64 pixels.
+DECODER is that of a small decoder of it, for `decoders.load`.
 """
 
 import pathlib
 
 EXAMPLE = pathlib.Path(__file__).with_name("scenes.safetensors")
+DECODER = pathlib.Path(__file__).with_name("decoder.safetensors")

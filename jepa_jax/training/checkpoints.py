@@ -31,9 +31,12 @@ _HALF = "*.orbax-checkpoint-tmp*"  # names that Orbax gives while it writes
 
 def _is_ours(record: Any) -> bool:
   # Orbax's threads each report a failure with their whole stack: hundreds of
-  # lines for a full disk, which `Checkpoints` names in one.
+  # lines for a full disk, which `Checkpoints` names in one. It also warns of
+  # what was asked for: a folder that is only read.
   failed = record.exc_info or record.levelno >= py_logging.ERROR
-  return not (failed and "orbax" in pathlib.Path(record.pathname).parts)
+  read = "read only" in str(record.msg).replace("_", " ")
+  path = pathlib.Path(record.pathname).parts
+  return not ((failed or read) and "orbax" in path)
 
 
 class Checkpoints:
