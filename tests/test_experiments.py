@@ -182,9 +182,9 @@ def test_the_recipe_for_small_data_follows_size_and_number():
   assert (scenes.data.source, grid(scenes)) == ("scenes", 8)
   assert [*scenes.evaluations] == ["count", "distance"]
   fashion, other = load("small:fashion_mnist"), load("small:stl10,96")
-  assert (fashion.data.channels, fashion.total) == (1, "42 epochs")
+  assert (fashion.data.channels, fashion.total) == (1, "21 epochs")
   assert (other.data.source, other.encoder.patch_size) == ("tfds", 12)
-  assert (other.total, scenes.total) == ("20000 steps", "80 epochs")
+  assert (other.total, scenes.total) == ("10000 steps", "40 epochs")
   for variant in ("scenes,", "scenes,a", "scenes,64,8000,3", ",64"):
     with pytest.raises(ValueError, match="needs DATA, DATA,SIZE"):
       load(f"small:{variant}")
