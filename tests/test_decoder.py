@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 import test_program
 
+import jepa_jax
 from jepa_jax import models, objectives
 from jepa_jax.convert import runs, warm_start
 from jepa_jax.models import flops
@@ -263,6 +264,8 @@ def test_a_file_draws_what_its_run_draws(tmp_path, monkeypatch):
   a, b = draw(of, state).samples, draw(again, found).samples
   # Half precision moves a pixel by a step or two.
   assert np.abs(a.astype(int) - b).max() <= 3
+  with pytest.raises(ValueError, match="is a decoder, for jepa_jax.pictures"):
+    jepa_jax.load(file)
   (tmp_path / "damaged.safetensors").write_bytes(file.read_bytes()[:-9])
   with pytest.raises(ValueError, match="is no .safetensors file"):
     decoders.load(tmp_path / "damaged.safetensors")

@@ -180,8 +180,8 @@ def _unknown_format(path: pathlib.Path) -> str:
 def _read_export(path: pathlib.Path) -> Weights:
   open_file = _open_npz if path.suffix == ".npz" else checked.open_safetensors
   with checked.readable(f"an export ({path.suffix})"), open_file(path) as file:
-    if not file.config:
-      raise ValueError(_no_export(file.shapes))
+    if problem := _no_export(file.config, file.shapes):
+      raise ValueError(problem)
     found = weights_lib.from_description(file.config)
     for name, tree in found.networks.items():
       if f"{name}/mask_token" in file.shapes:
@@ -196,7 +196,11 @@ def _read_export(path: pathlib.Path) -> Weights:
   return dataclasses.replace(found, networks=networks)
 
 
-def _no_export(shapes: Mapping[str, Any]) -> str:
+def _no_export(config: str, shapes: Mapping[str, Any]) -> str:
+  if any(key.startswith("unet/") for key in shapes):
+    return "it is a decoder, for jepa_jax.pictures.decoders.load"
+  if config:
+    return ""
   if any(key.startswith("encoder/") for key in shapes):
     return f"it is {_STABLEHLO_IS}"
   return (
