@@ -14,8 +14,8 @@ Seen:      Fashion-MNIST, mean of three seeds, 20 minutes on one core: linear
            86.2 (last four layers 88.2), 20-NN 85.4 (85.0); pixels 84.5 and
            86.2. More in docs/small_data.md.
 
-The rule. Patches are a quarter of the side up to 32 pixels, an eighth above:
-a 4 x 4 grid takes a third of the time of a 7 x 7 one. A random half of the
+The rule. Patches are a quarter of the side below 32 pixels, an eighth from there
+on: a 4 x 4 grid takes a third of the time of a 7 x 7 one. A random half of the
 patches is the context, and the pixels of the other half are predicted, in many
 small steps: 40,000 with 16 patches, 10,000 with 64, which take no longer. No
 image is seen more than 400 times.
@@ -45,7 +45,7 @@ def get_config(variant: str = "scenes") -> ml_collections.ConfigDict:
   name, size, images = _parse(variant)
   mean, std, own_size, channels, own_images = KNOWN.get(name, OTHERS)
   size, images = size or own_size, images or own_images
-  patches = 4 if size <= 32 else 8  # a side
+  patches = 4 if size < 32 else 8  # a side
   if size % patches:
     raise ValueError(
       f"got images of {size} pixels; patches need a side that {patches} "

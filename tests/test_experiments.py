@@ -176,14 +176,14 @@ def test_the_recipe_for_small_data_follows_size_and_number():
   grid = lambda c: c.data.image_size // c.encoder.patch_size
   folder, scenes = load("small:PICTURES,32,18"), load("small:scenes")
   assert (folder.data.source, grid(folder), folder.total) == (
-    "folder", 4, "400 epochs",
+    "folder", 8, "400 epochs",
   )  # fmt: skip
   assert [*folder.evaluations] == ["label"]
   assert (scenes.data.source, grid(scenes)) == ("scenes", 8)
   assert [*scenes.evaluations] == ["count", "distance"]
   fashion, other = load("small:fashion_mnist"), load("small:stl10,96")
   assert (fashion.data.channels, fashion.total) == (1, "21 epochs")
-  assert (other.data.source, other.encoder.patch_size) == ("tfds", 12)
+  assert (grid(fashion), other.data.source, grid(other)) == (4, "tfds", 8)
   assert (other.total, scenes.total) == ("10000 steps", "40 epochs")
   for variant in ("scenes,", "scenes,a", "scenes,64,8000,3", ",64"):
     with pytest.raises(ValueError, match="needs DATA, DATA,SIZE"):
