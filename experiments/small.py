@@ -14,11 +14,11 @@ Seen:      Fashion-MNIST, mean of three seeds, 20 minutes on one core: linear
            86.2 (last four layers 88.2), 20-NN 85.4 (85.0); pixels 84.5 and
            86.2. More in docs/small_data.md.
 
-The rule. Patches are a quarter of the side below 32 pixels, an eighth from there
-on: a 4 x 4 grid takes a third of the time of a 7 x 7 one. A random half of the
-patches is the context, and the pixels of the other half are predicted, in many
-small steps: 40,000 with 16 patches, 10,000 with 64, which take no longer. No
-image is seen more than 400 times.
+The rule. Patches are a quarter of the side below 32 pixels, an eighth from
+there on: a 4 x 4 grid takes a third of the time of a 7 x 7 one. A random half
+of the patches is the context, and the pixels of the other half are predicted,
+in many small steps: 40,000 with 16 patches, 10,000 with 64, which take no
+longer. No image is seen more than 400 times.
 """
 
 import os
