@@ -6,7 +6,7 @@ import types
 import pytest
 
 from jepa_jax import config as config_lib
-from jepa_jax import plan
+from jepa_jax import objectives, plan
 from jepa_jax.planning import chips, estimate, hlo, topologies
 
 # As compilers write it: a loop of five rounds that gathers [8, 6] in bfloat16
@@ -201,7 +201,8 @@ def test_each_part_of_a_step_takes_the_longer_of_its_times():
 
 
 @pytest.mark.parametrize(
-  "objective", ["ijepa", "pixel_ijepa", "outside_objective:Outside"]
+  "objective",
+  ["ijepa", "pixel_ijepa", "data2vec", "outside_objective:Outside"],
 )
 def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch, objective):
   predicts = objective.endswith("ijepa")
@@ -215,6 +216,7 @@ def test_costs_grow_with_the_blocks_and_the_slices(monkeypatch, objective):
 
   def compile_step(config, devices):
     config_lib.check(config)
+    objectives.load(objective).from_config(config)  # as deep as it needs
     assert not config.compute.scan and config.batch_size == 8 and not devices
     blocks = config.encoder.depth, predicts * config.predictor.depth
     array = f"f32[{sum(blocks)}]{{0}}"

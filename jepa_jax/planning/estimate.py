@@ -4,6 +4,7 @@ The compilers run without a TPU or GPU; nothing here is measured.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import math
@@ -171,7 +172,8 @@ def costs(
   networks = objectives.load(config.objective).from_config(config).networks
   networks = [name for name in networks if "depth" in config.get(name, {})]
   every = config.compute.remat_every if config.compute.remat != "none" else 1
-  base = {name: every if name == "encoder" else 2 for name in networks}
+  fewest = fewest_blocks(config, every)
+  base = {name: fewest if name == "encoder" else 2 for name in networks}
   least = rest = shallow(base)
   parts = {}
   for name, depth in base.items():
@@ -181,6 +183,25 @@ def costs(
     rest -= block * (depth - apart)
   parts["rest"] = rest
   return {name: cost * config.accumulate_steps for name, cost in parts.items()}
+
+
+def fewest_blocks(config: ml_collections.ConfigDict, every: int) -> int:
+  """The least depth of the encoder that the objective takes.
+
+  One that averages blocks needs as many; so it is asked.
+
+  Args:
+    config: see jepa_jax.config.
+    every: the depth is a multiple of it.
+  """
+  objective = objectives.load(config.objective)
+  c = config.copy_and_resolve_references()
+  for depth in range(every, config.encoder.depth, every):
+    c.encoder.depth = depth
+    with contextlib.suppress(ValueError):
+      objective.from_config(c)
+      return depth
+  return every * max(1, config.encoder.depth // every)
 
 
 def bound(
