@@ -151,7 +151,8 @@ def compute_charts(
   axes_of = (("operations of training", 0), ("seconds of training", 1))
   for metric in metrics:
     for words, axis in axes_of:
-      figure = figure_lib.Figure(figsize=(6.4, 3.4), layout="constrained")
+      height = 3.0 + 0.2 * -(-len(ways) // 2)  # of names below the chart
+      figure = figure_lib.Figure(figsize=(6.4, height), layout="constrained")
       axes = figure.add_subplot()
       axes.spines[:].set_visible(False)
       axes.grid(color=rule, linewidth=1)
@@ -168,7 +169,10 @@ def compute_charts(
           axes.plot(x, y, "o", color=colour, markersize=3, alpha=0.5)
         mean = found.mean(axis=0)  # [points, 3]
         axes.plot(mean[:, axis], mean[:, 2], style, color=colour, label=name)
-      axes.legend(frameon=False, fontsize=9, labelcolor=ink)
+      figure.legend(
+        loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+        labelcolor=ink,
+      )  # fmt: skip
       label = f"{metric}, against {words}"
       charts.append((label, figures.svg(figure, f"way-{len(charts)}", label)))
   return charts
