@@ -102,7 +102,7 @@ def get_config(variant: str = "scenes") -> ml_collections.ConfigDict:
 def _parse(variant: str) -> tuple[str, int, int]:
   """DATA and, 0 where not given, SIZE and IMAGES."""
   name, *numbers = variant.split(",")
-  if not name or len(numbers) > 2 or not all(n.isdigit() for n in numbers):
+  if not name or len(numbers) > 2 or not all(n.isdecimal() for n in numbers):
     raise ValueError(
       f'got "{variant}"; experiments/small.py needs DATA, DATA,SIZE or '
       "DATA,SIZE,IMAGES: --config experiments/small.py:scenes,64,8000."

@@ -10,6 +10,7 @@ import pytest
 
 from jepa_jax import config as config_lib
 from jepa_jax import models, pretrained, visualize
+from jepa_jax.evaluation import report
 from jepa_jax.objectives import ijepa
 from jepa_jax.pictures import (
   drawings,
@@ -295,6 +296,10 @@ def test_the_gallery_is_part_of_the_report(
   drawn = sorted(path.stem for path in tmp_path.glob("gallery/20/*.webp"))
   assert drawn == sorted(set(visualize.GALLERY) - {"errors"})
   assert "errors: not drawn: " in capsys.readouterr().err
+  # No steps: a name that int refuses, one without pictures, and a word.
+  for name in ("²", "30", "old"):
+    (tmp_path / "gallery" / name).mkdir()
+  report.write(tmp_path)
   page = (tmp_path / "report.html").read_text()
   assert "of step 20." in page and page.count('class="sheet"') == len(drawn)
 

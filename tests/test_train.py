@@ -17,7 +17,7 @@ import pytest
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 
-from jepa_jax import command, durations, evaluate, train
+from jepa_jax import command, durations, evaluate, pretrained, train
 from jepa_jax import config as config_lib
 from jepa_jax.evaluation import encoders
 from jepa_jax.objectives import ijepa
@@ -246,6 +246,12 @@ def test_evaluate_takes_other_evaluations_and_other_devices(
   flags.overrides = ["--config.encoder.width=56"]
   with pytest.raises(ValueError, match="encoder.width is a part of the run"):
     evaluate.main(flags)
+
+
+def test_reading_a_run_warns_of_nothing(finished, run_config, caplog):
+  pretrained.load(finished)
+  final_params(run_config, finished)
+  assert [x.getMessage() for x in caplog.records if x.levelname != "INFO"] == []
 
 
 def test_weights_stand_side_by_side(finished, run_config, tmp_path, capsys):

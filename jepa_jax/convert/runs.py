@@ -124,7 +124,7 @@ def _checkpoints(
   """The folder of a step, or of all where step is None, newest first."""
   steps = checkpoints.steps(workdir / "checkpoints")
   if path != workdir:
-    step = int(path.name) if path.name.isdigit() else -1
+    step = int(path.name) if path.name.isdecimal() else -1
   if not steps or step not in (None, *steps):
     raise ValueError(
       f"there is no checkpoint{'' if step is None else f' of step {step}'}; "

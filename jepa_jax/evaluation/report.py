@@ -208,20 +208,14 @@ def _features(pictures, problem):
 
 
 def _gallery(folder):
-  """The newest step's pictures, by name; None where none was drawn."""
-  found = folder.iterdir() if folder.is_dir() else ()
-  steps = [path for path in found if path.name.isdigit()]
-  if not steps:
-    return None
-  newest = max(steps, key=lambda path: int(path.name))
-  return {
-    "step": int(newest.name),
-    "pictures": {
-      path.stem: "data:image/webp;base64,"
-      + base64.b64encode(path.read_bytes()).decode()
-      for path in sorted(newest.glob("*.webp"))
-    },
-  }
+  """The newest step's pictures, by name; None where there are none."""
+  found: dict[int, dict[str, str]] = {}
+  for path in sorted(folder.glob("*/*.webp")):
+    if path.parent.name.isdecimal():
+      data, problem = _read(path, base64.b64encode)
+      uri = "" if problem else f"data:image/webp;base64,{data.decode()}"
+      found.setdefault(int(path.parent.name), {})[path.stem] = uri
+  return {"step": max(found), "pictures": found[max(found)]} if found else None
 
 
 def _spectra(rows):

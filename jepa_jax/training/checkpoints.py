@@ -356,7 +356,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 
   A checkpoint that is not whole yet has a longer name.
   """
-  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
 
 
 def claim_of_newest(folder: pathlib.Path) -> dict[str, Any] | None:
