@@ -296,9 +296,11 @@ def test_the_gallery_is_part_of_the_report(
   drawn = sorted(path.stem for path in tmp_path.glob("gallery/20/*.webp"))
   assert drawn == sorted(set(visualize.GALLERY) - {"errors"})
   assert "errors: not drawn: " in capsys.readouterr().err
-  # No steps: a name that int refuses, one without pictures, and a word.
-  for name in ("²", "30", "old"):
+  # No steps: a name that int refuses, and a word; and a step without pictures.
+  for name in ("²", "old", "30"):
     (tmp_path / "gallery" / name).mkdir()
+    if name != "30":
+      (tmp_path / "gallery" / name / "pca.webp").write_bytes(b"")
   report.write(tmp_path)
   page = (tmp_path / "report.html").read_text()
   assert "of step 20." in page and page.count('class="sheet"') == len(drawn)
