@@ -12,7 +12,8 @@ NAME is one of
     attention   where the heads of a block look from a patch
     errors      how well blocks are predicted, against distance to the context
     map         the images where their features put them, on a plane
-    neighbours  images with those nearest by features and by pixels
+    neighbours  images with those nearest by features and by pixels, and which
+                of them are of the same class
     decode      images that have such features, drawn by the run of a decoder
                 (experiments/decoder.py), beside the nearest image
     runs        the curves of several runs on one page
@@ -27,6 +28,7 @@ NAME.png (film.gif) by default.
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -60,12 +62,16 @@ class Source:
   Args:
     arguments: the parsed flags.
     count: images.
+    labelled: whether their classes are read too, where they have some.
   """
 
-  def __init__(self, arguments: argparse.Namespace, count: int):
+  def __init__(
+    self, arguments: argparse.Namespace, count: int, labelled: bool = False
+  ):
     self.flags = arguments
     self._count = count
-    self._model = self._images = None
+    self._labelled = labelled
+    self._model = self._images = self._labels = None
 
   @property
   def run(self) -> Any:
@@ -100,13 +106,20 @@ class Source:
   def images(self) -> Any:
     """uint8 [n, H, W, C]."""
     if self._images is None:
-      self._images = self._read()
+      self._images, self._labels = self._read()
     return self._images
 
-  def showing(self, images: Any) -> "Source":
-    """The same of these images."""
+  @property
+  def labels(self) -> list[str] | None:
+    """The class of each image, or None."""
+    _ = self.images  # read together
+    return self._labels
+
+  def first(self, count: int) -> "Source":
+    """The same of its first images."""
     other = copy.copy(self)
-    other._images = images
+    other._images = self.images[:count]
+    other._labels = self.labels and self.labels[:count]
     return other
 
   @property
@@ -129,13 +142,19 @@ class Source:
       data = images.config_of_folder(
         self.flags.images, self.model.preprocessing
       )
-      split = split or "all"
+      split, known = split or "all", ["label"]
     else:
       data = config.data
       held_out = next(iter(config.evaluations.values()), None)
       split = split or (held_out.test if held_out else data.split)
-    found, _ = images.of_data(data, split, self._count)
-    return found
+      known = [x.label for x in config.evaluations.values() if not x.data]
+    label = ""
+    if self.flags.label:
+      label = images.class_label(data, split, [self.flags.label])
+    elif self._labelled:
+      with contextlib.suppress(ValueError):  # pictures do without
+        label = images.class_label(data, split, known)
+    return images.of_data(data, split, self._count, label)
 
 
 def _masks(source):
@@ -196,7 +215,7 @@ def _neighbours(source):
   from jepa_jax.pictures import embedding
 
   vectors = embedding.pooled(source.model, source.images)
-  return embedding.draw_neighbours(source.images, vectors)
+  return embedding.draw_neighbours(source.images, vectors, source.labels)
 
 
 def _decode(source):
@@ -238,7 +257,7 @@ PICTURES = {
   "attention": Picture(_attention, 6, ("layer", "patch")),
   "errors": Picture(_errors, 256, ("seed",)),
   "map": Picture(_map, 500, ("method", "seed")),
-  "neighbours": Picture(_neighbours, 500),
+  "neighbours": Picture(_neighbours, 500, ("label",)),
   "decode": Picture(_decode, 64, ("samples", "score", "seed")),
   "runs": Picture(_runs, 0),
   "film": Picture(_film, 6, ("fine",)),
@@ -265,21 +284,21 @@ def gallery(arguments: argparse.Namespace) -> int:
     words = f"takes no {refused[0]}" if refused else "needs --workdir of a run"
     raise ValueError(f"gallery {words}.")
   source = Source(
-    arguments, arguments.count or max(PICTURES[x].images for x in GALLERY)
+    arguments,
+    arguments.count or max(PICTURES[x].images for x in GALLERY),
+    labelled=True,
   )
   step = arguments.step
   if step is None and source.config:
     step = max(checkpoints.steps(source.run / "checkpoints"), default=None)
   if step is None:
     raise ValueError(f"{source.run} holds no checkpoint yet.")
-  shown, _ = source.images, source.model  # once for all pictures
+  _ = source.images, source.model  # once for all pictures
   folder, drawn = source.run / report.GALLERY / str(step), 0
   folder.mkdir(parents=True, exist_ok=True)
   for name in GALLERY:
     try:
-      figure = PICTURES[name].draw(
-        source.showing(shown[: PICTURES[name].images])
-      )
+      figure = PICTURES[name].draw(source.first(PICTURES[name].images))
     except ValueError as error:  # such as errors without a predictor
       print(f"{name}: not drawn: {error}", file=sys.stderr)
       continue
@@ -320,7 +339,8 @@ def main(arguments: argparse.Namespace) -> int:
   out = arguments.out or f"{name}.{'gif' if film else 'png'}"
   path = paths.local(out, "--out")
   layout.check_path(path, film)
-  drawn = picture.draw(Source(arguments, arguments.count or picture.images))
+  count = arguments.count or picture.images
+  drawn = picture.draw(Source(arguments, count, "label" in picture.flags))
   path.parent.mkdir(parents=True, exist_ok=True)
   layout.write(drawn, path)
   print(f"picture: {out}", file=sys.stderr)
@@ -358,6 +378,12 @@ if __name__ == "__main__":
     keys.whole(0, 2**32 - 1),
     default=0,
     help="of masks, errors, maps and samples",
+  )
+  add(
+    "--label",
+    keys.Text("a label", False),
+    help="of neighbours: what their classes are; by default the first such "
+    "label that the run evaluates, or the sub-folders of --images",
   )
   add("--samples", keys.whole(1, 100), help="of decode: an image, 3 by default")
   add(

@@ -4,18 +4,21 @@ import json
 import types
 
 import jax
+import matplotlib.colors
 import numpy as np
 from PIL import Image
 import pytest
+import tensorflow as tf
 
 from jepa_jax import config as config_lib
 from jepa_jax import models, pretrained, visualize
-from jepa_jax.evaluation import report
+from jepa_jax.evaluation import figures, report
 from jepa_jax.objectives import ijepa
 from jepa_jax.pictures import (
   drawings,
   embedding,
   errors,
+  images,
   layout,
   patches,
   training,
@@ -193,12 +196,58 @@ def test_maps_and_neighbours_follow_known_features():
   order, cosines = embedding.nearest(circle, 2)
   assert order[:, 0].tolist() == [1, 0, 3, 2, 0]
   assert (np.diff(cosines) <= 0).all() and cosines.max() <= 1 + 1e-9
-  images = IMAGES.repeat(2, axis=1).repeat(2, axis=2)
-  drawn = embedding.draw_neighbours(images, circle, queries=3, k=2)
+  large = IMAGES.repeat(2, axis=1).repeat(2, axis=2)
+  drawn = embedding.draw_neighbours(large, circle, queries=3, k=2)
   assert len(drawn.axes) == 3 * 5
-  drawn = embedding.draw_map(images, np.zeros((5, 2)))
+  assert "green" not in drawn.texts[1].get_text()
+  drawn = embedding.draw_neighbours(large, circle, list("aabba"), 3, k=2)
+  rows = [drawn.axes[i : i + 5] for i in (0, 5, 10)]
+  shown = [[axes.texts[0].get_text() for axes in row[:3]] for row in rows]
+  assert [row[0] for row in shown] == ["a", "b", "a"]  # classes in turn
+  assert [text[0] for text in shown[1][1:]] == ["b", "a"]
+  edges = [[len(axes.patches) for axes in row] for row in rows]
+  assert edges == [[0, 1, 1, 1, 1]] * 3
+  good, bad = (
+    matplotlib.colors.to_rgba(figures.PALETTE[x][0]) for x in ("good", "bad")
+  )
+  assert rows[1][1].patches[0].get_edgecolor() == good
+  assert rows[1][2].patches[0].get_edgecolor() == bad
+  notes = " ".join(drawn.texts[1].get_text().split())
+  assert "the nearest is right for 100% (by pixels" in notes
+  shares = embedding.agreement(list("aabba"), order)
+  assert shares == (1.0, np.mean([1, 1, 1, 1, 1, 1, 0, 0, 0, 0]))
+  drawn = embedding.draw_map(large, np.zeros((5, 2)))
   assert len(drawn.axes[0].images) == 2  # the sheet's ground, and one image
   assert len(drawn.axes[0].collections[0].get_offsets()) == 4
+
+
+def test_images_come_with_their_classes(tmp_path):
+  for i, name in enumerate(("cat", "dog", "cat", "dog")):
+    (tmp_path / name).mkdir(exist_ok=True)
+    Image.fromarray(IMAGES[i]).save(tmp_path / name / f"{i}.png")
+  data = config_lib.defaults().data
+  data.update(source="folder", name=str(tmp_path), image_size=12)
+  label = images.class_label(data, "all", ["nothing", "label"])
+  found, classes = images.of_data(data, "all", 3, label)
+  assert found.shape == (3, 12, 12, 3) and classes == ["cat", "cat", "dog"]
+  assert images.of_data(data, "all", 3)[1] is None
+  with pytest.raises(ValueError, match='no label "nothing"; there are: '):
+    images.class_label(data, "all", ["nothing"])
+  Image.fromarray(IMAGES[4]).save(tmp_path / "none.png")  # in no class
+  with pytest.raises(ValueError, match='no label "label"'):
+    images.class_label(data, "all", ["label"])
+
+
+def test_maps_of_numbers_are_no_classes(monkeypatch):
+  specs = {
+    "depth": tf.TensorSpec((4, 4), tf.float32),
+    "nearest": tf.TensorSpec((), tf.float32),
+    "kind": tf.TensorSpec((), tf.string),
+  }
+  monkeypatch.setattr(images.labels_lib, "spec", lambda _, __, x: specs[x])
+  assert images.class_label(None, "test", list(specs)) == "kind"
+  with pytest.raises(ValueError, match='"nearest" is float32 of shape ()'):
+    images.class_label(None, "test", ["depth", "nearest"])
 
 
 @pytest.mark.parametrize(
@@ -268,7 +317,7 @@ def flags_of(**given):
   """All flags of the command, unset unless given."""
   every = dict.fromkeys(
     ("workdir", "weights", "step", "images", "split", "count", "out", "fine",
-     "patch", "layer", "method", "samples")
+     "patch", "layer", "method", "samples", "label")
   )  # fmt: skip
   every |= {"run": [], "seed": 0, "foreground": False, "score": False}
   return argparse.Namespace(**every | given)
@@ -279,7 +328,9 @@ def test_the_gallery_is_part_of_the_report(
 ):
   monkeypatch.setattr(pretrained, "load", lambda *_, **__: model)
   monkeypatch.setattr(
-    visualize.Source, "_read", lambda _: np.tile(IMAGES, (2, 1, 1, 1))
+    visualize.Source,
+    "_read",
+    lambda _: (np.tile(IMAGES, (2, 1, 1, 1)), list("ab" * len(IMAGES))),
   )
   flags = flags_of(name="gallery", workdir=str(tmp_path))
   with pytest.raises(ValueError, match="there is no .*config.json"):

@@ -3,6 +3,7 @@
 Axes: n images, D features.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,13 +113,20 @@ def draw_map(
 
 
 def draw_neighbours(
-  images: np.ndarray, vectors: np.ndarray, queries: int = 6, k: int = 5
+  images: np.ndarray,
+  vectors: np.ndarray,
+  labels: Sequence[str] | None = None,
+  queries: int = 6,
+  k: int = 5,
 ) -> "figure_lib.Figure":
   """Images with those nearest by features, and by pixels.
 
   Args:
     images: uint8 [n, H, W, C], n above k.
     vectors: [n, D], features of them.
+    labels: the class of each. With them the rows are of classes in turn, what
+      is of an image's class has a green edge and the rest a red one, and the
+      notes count both over all images.
     queries: rows; the first images.
     k: neighbours of each kind.
 
@@ -130,12 +138,19 @@ def draw_neighbours(
       f"got {len(images)} images; {k} neighbours need more than {k}."
     )
   both = [nearest(x, k) for x in (vectors, features_lib.raw_pixels(images))]
+  caption = lambda i, words: (
+    "\n".join([shortened(labels[i]), *words]) if labels else "".join(words)
+  )
   rows = []
-  for i in range(min(queries, len(images))):
-    row = [layout.photo(images[i])]
+  for i in in_turn(labels or [""] * len(images))[:queries]:
+    row = [layout.photo(images[i], caption(i, []))]
     for order, cosines in both:
       row += [
-        layout.photo(images[j], f"{cosine:.2f}")
+        layout.photo(
+          images[j],
+          caption(j, [f"{cosine:.2f}"]),
+          right=labels[i] == labels[j] if labels else None,
+        )
         for j, cosine in zip(order[i], cosines[i])
       ]
     rows.append(row)
@@ -143,7 +158,8 @@ def draw_neighbours(
     rows,
     title=f"The nearest of {len(images)} images",
     notes="Below each: the cosine of features, each standardised over all "
-    "images. On the right, for comparison, the nearest by pixels alone.",
+    "images. On the right, for comparison, the nearest by pixels alone."
+    + (_counted(labels, [order for order, _ in both]) if labels else ""),
     columns=[
       ("image", 1),
       ("nearest by the encoder's features", k),
@@ -151,6 +167,46 @@ def draw_neighbours(
     ],
     side=0.95,
   )  # fmt: skip
+
+
+def in_turn(labels: Sequence[str]) -> list[int]:
+  """All images' numbers: the first of each class, the second of each, ..."""
+  seen: dict[str, int] = {}
+  rounds = []
+  for label in labels:
+    rounds.append(seen.get(label, 0))
+    seen[label] = rounds[-1] + 1
+  return sorted(range(len(labels)), key=lambda i: rounds[i])
+
+
+def agreement(labels: Sequence[str], order: np.ndarray) -> tuple[float, float]:
+  """How often the nearest, and all of the nearest, are of an image's class.
+
+  Args:
+    labels: of n images.
+    order: int [n, k], see `nearest`.
+
+  Returns:
+    Shares of the n nearest ones, and of all n k.
+  """
+  names = np.asarray(labels)
+  same = names[order] == names[:, None]
+  return float(same[:, 0].mean()), float(same.mean())
+
+
+def shortened(name: str, most: int = 13) -> str:
+  """A name for below a small picture."""
+  return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _counted(labels, orders):
+  shares = [agreement(labels, order) for order in orders]
+  (one, all_), (pixels_one, pixels_all) = shares
+  return (
+    " A green edge: of the same class; a red one: of another. Over all images "
+    f"the nearest is right for {one:.0%} (by pixels {pixels_one:.0%}), and of "
+    f"the nearest {orders[0].shape[1]} {all_:.0%} ({pixels_all:.0%})."
+  )
 
 
 def standardised(vectors: np.ndarray) -> np.ndarray:

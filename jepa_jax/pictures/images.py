@@ -1,46 +1,96 @@
-"""Images to draw: of a folder, or of the data that a run was trained on."""
+"""Images to draw, with their classes: of a folder, or of a run's data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from jepa_jax import config as config_lib
-from jepa_jax.data import pipeline
+from jepa_jax import paths
+from jepa_jax.data import labels as labels_lib
+from jepa_jax.data import pipeline, sources
 
 Images = np.ndarray  # uint8 [n, H, W, C]
 
 
 def of_data(
-  data: ml_collections.ConfigDict, split: str, count: int
-) -> tuple[Images, int]:
+  data: ml_collections.ConfigDict, split: str, count: int, label: str = ""
+) -> tuple[Images, list[str] | None]:
   """Images of a split, from its first on, cut to their central part.
 
   Args:
     data: config.data.
     split: of it.
     count: at most so many.
+    label: what is read with them, see class_label; "" for none.
 
   Returns:
-    The images, and how many the split has.
+    The images, and the name of each one's class, or None without a label.
 
   Raises:
     ValueError: no such data or split, or no image that can be read.
   """
   total = pipeline.num_examples(data, split)
   dataset = pipeline.evaluation_dataset(
-    data, batch_size=min(count, total, 64), split=split
+    data,
+    batch_size=min(count, total, 64),
+    split=split,
+    labels=(label,) if label else (),
   )
-  found, have = [], 0
+  found, classes, have = [], [], 0
   for batch in dataset.as_numpy_iterator():
     found.append(batch["image"][batch["valid"]])
+    if label:
+      classes.extend(batch["labels"][label][batch["valid"]].tolist())
     have += len(found[-1])
     if have >= count:
       break
   images = np.concatenate(found)[:count]
   if not len(images):
     raise ValueError(f"no image of {data.name} can be read.")
-  return images, total
+  if not label:
+    return images, None
+  names = sources.open_source(data, split).class_names(label)
+  return images, [_name(x, names) for x in classes[:count]]
+
+
+def _name(value: int | bytes, names: list[str] | None) -> str:
+  if isinstance(value, bytes):
+    return paths.printable(value.decode(errors="replace"))
+  return names[value] if names else str(value)
+
+
+def class_label(
+  data: ml_collections.ConfigDict, split: str, names: Sequence[str]
+) -> str:
+  """The first of these labels that is a class: one integer or text an image.
+
+  Args:
+    data: config.data.
+    split: of it.
+    names: of labels.
+
+  Returns:
+    Its name.
+
+  Raises:
+    ValueError: the data have none of them, or they are no classes.
+  """
+  wrong = "no label is named"
+  for name in names:
+    try:
+      spec = labels_lib.spec(data, split, name)
+    except ValueError as error:
+      wrong = str(error)
+      continue
+    if spec.shape.rank == 0 and not spec.dtype.is_floating:
+      return name
+    wrong = (
+      f'label "{name}" is {spec.dtype.name} of shape {spec.shape}; a class is '
+      "one integer or text."
+    )
+  raise ValueError(wrong)
 
 
 def config_of_folder(

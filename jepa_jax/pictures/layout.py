@@ -39,12 +39,15 @@ class Panel:
       else they stay squares.
     box: (left, top, width, height) of a frame, as shares of the sides; or
       None.
+    right: whether what it shows is right: a green edge or a red one; None:
+      neither.
   """
 
   pixels: np.ndarray
   caption: str = ""
   smooth: bool = False
   box: tuple[float, float, float, float] | None = None
+  right: bool | None = None
 
 
 def photo(pixels: np.ndarray, caption: str = "", **settings) -> Panel:
@@ -254,6 +257,12 @@ def _draw_panel(axes: "axes_lib.Axes", panel: Panel) -> None:
         (x, y), w, h, fill=False, edgecolor=colour, linewidth=wide
       )
       axes.add_patch(frame)
+  if panel.right is not None:
+    colour = figures.PALETTE["good" if panel.right else "bad"][0]
+    edge = patches.Rectangle(
+      (0, 0), 1, 1, fill=False, edgecolor=colour, linewidth=3, clip_on=False
+    )
+    axes.add_patch(edge)
   if panel.caption:
     axes.text(
       0.5, 1.03, panel.caption, transform=axes.transData, ha="center",
