@@ -24,8 +24,11 @@ import small
 
 from jepa_jax import config
 
-CLASSES = {"scenes": 8, "fashion_mnist": 10, "mnist": 10, "cifar10": 10}
-CLASSES["cifar100"] = 100
+CLASSES = {
+  **dict.fromkeys(("fashion_mnist", "mnist", "cifar10"), 10),
+  "cifar100": 100,
+  "scenes": 8,  # counts, from 3 to 10
+}
 
 
 def get_config(variant: str = "scenes") -> ml_collections.ConfigDict:
@@ -69,4 +72,10 @@ def _classes(data: ml_collections.ConfigDict) -> int:
     return CLASSES.get(data.name, 10)
   from jepa_jax.data import folder
 
-  return max(2, len(folder.FolderSource(data.name, data.split).classes))
+  found = folder.FolderSource(data.name, data.split).classes
+  if len(found) < 2:
+    raise ValueError(
+      f"{data.name} holds {len(found)} classes; fine-tuning needs two "
+      "sub-folders of images or more."
+    )
+  return len(found)

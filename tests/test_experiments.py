@@ -42,6 +42,8 @@ EXPERIMENTS += [
 EXPERIMENTS += ["ijepa_in22k:vith14", "ijepa_in22k:vitg16"]
 # Those whose variant is a name of data, which may be any.
 OF_ANY_DATA = ["folder:PICTURES", "small:PICTURES,32,18", "small:PICTURES"]
+OF_ANY_DATA += ["finetune_small:PICTURES", "finetune_small:scenes"]
+OF_ANY_DATA += ["finetune_small:fashion_mnist,28,1000"]
 OF_ANY_DATA += ["small:scenes", "small:fashion_mnist", "small:stl10,96,5000"]
 EXPERIMENTS += OF_ANY_DATA
 
@@ -192,6 +194,23 @@ def test_the_recipe_for_small_data_follows_size_and_number():
     load("small:pictures/nowhere")
   with pytest.raises(ValueError, match="such as 64 or 72"):
     load("small:scenes,66")
+
+
+def test_a_small_run_is_fine_tuned(tmp_path, capsys):
+  flags = ("total=4 steps", "batch_size=8", "encoder.width=32")
+  flags = [f"--config.{x}" for x in (*flags, "encoder.num_heads=2")]
+  start = load("small:PICTURES,32", *flags, "--config.evaluations=")
+  assert train.train_and_evaluate(start, tmp_path / "small") == 0
+  flags.append(f"--config.init_from={tmp_path / 'small'}")
+  config = load("finetune_small:PICTURES,32", *flags)
+  assert (config.method.classes, config.data.split) == (2, "train")
+  assert train.train_and_evaluate(config, tmp_path / "tuned") == 0
+  (row,) = json.loads((tmp_path / "tuned/evaluations.json").read_text())
+  assert (row["protocol"], row["encoder"]) == ("head", "trained")
+  few = load("finetune_small:fashion_mnist,28,1000")
+  assert few.data.split == "train[:1000]" and few.data.num_examples == 1000
+  with pytest.raises(ValueError, match="a holds 0 classes; fine-tuning needs"):
+    command.load_config(f"{FOLDER / 'finetune_small.py'}:{pictures() / 'a'}")
 
 
 def test_a_folder_without_classes_is_not_probed(tmp_path):

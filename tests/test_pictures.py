@@ -213,7 +213,7 @@ def test_maps_and_neighbours_follow_known_features():
   assert rows[1][1].patches[0].get_edgecolor() == good
   assert rows[1][2].patches[0].get_edgecolor() == bad
   notes = " ".join(drawn.texts[1].get_text().split())
-  assert "the nearest is right for 100% (by pixels" in notes
+  assert "the nearest is right for 100 % (by pixels" in notes
   shares = embedding.agreement(list("aabba"), order)
   assert shares == (1.0, np.mean([1, 1, 1, 1, 1, 1, 0, 0, 0, 0]))
   drawn = embedding.draw_map(large, np.zeros((5, 2)))
@@ -236,6 +236,14 @@ def test_images_come_with_their_classes(tmp_path):
   Image.fromarray(IMAGES[4]).save(tmp_path / "none.png")  # in no class
   with pytest.raises(ValueError, match='no label "label"'):
     images.class_label(data, "all", ["label"])
+
+
+def test_classes_of_scenes_are_called_by_their_number(scenes_dir, config):
+  config.data.data_dir = scenes_dir
+  label = images.class_label(config.data, "test", ["depth", "count"])
+  _, classes = images.of_data(config.data, "test", 4, label)
+  assert label == "count" and len(classes) == 4
+  assert set(classes) <= set(map(str, range(3, 11)))
 
 
 def test_maps_of_numbers_are_no_classes(monkeypatch):

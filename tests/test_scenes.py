@@ -284,14 +284,21 @@ def test_distance_of_known_depths(nearest, expected):
     example_of([14.0, nearest, 13.0])
   )
   assert label.dtype == tf.int32 and label.shape == ()
-  assert int(label) == expected < scenes.NUM_CLASSES["distance"]
+  assert int(label) == expected < len(scenes.CLASS_NAMES["distance"])
 
 
 @pytest.mark.parametrize("number, expected", [(3, 0), (4, 1), (10, 7)])
 def test_count_of_known_numbers(number, expected):
   label = tf.function(scenes.LABELS["count"])(example_of([9.0] * number))
   assert label.dtype == tf.int32 and label.shape == ()
-  assert int(label) == expected < scenes.NUM_CLASSES["count"]
+  assert int(label) == expected < len(scenes.CLASS_NAMES["count"])
+
+
+def test_classes_are_called_what_they_are():
+  assert scenes.CLASS_NAMES["count"][0] == "3"
+  assert scenes.CLASS_NAMES["count"][-1] == "10"
+  names = "≤ 8", "≤ 8.5", "≤ 9", "≤ 9.5", "≤ 10", "> 10"
+  assert scenes.CLASS_NAMES["distance"] == names
 
 
 def forbid(*unused_args, **unused_kwargs):

@@ -142,9 +142,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
   "depth": ("depth",),
   "shapes": ("objects", "depth"),
 }
-NUM_CLASSES = {
-  "count": world.MAX_OBJECTS - world.MIN_OBJECTS + 1,
-  "distance": len(DISTANCE_EDGES) + 1,
+# What the classes are called, by number.
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+  "count": tuple(map(str, range(world.MIN_OBJECTS, world.MAX_OBJECTS + 1))),
+  "distance": (
+    *(f"≤ {edge:g}" for edge in DISTANCE_EDGES),
+    f"> {DISTANCE_EDGES[-1]:g}",
+  ),
 }
 
 

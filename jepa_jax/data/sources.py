@@ -114,7 +114,14 @@ class TfdsSource:
     return features
 
   def class_names(self, label: str) -> list[str] | None:
-    feature = self._features[label] if label in self._features else None
+    if label not in self._features:
+      from jepa_jax.data import scenes  # a builder registers itself on import
+
+      names = (
+        scenes.CLASS_NAMES.get(label) if "objects" in self._features else None
+      )
+      return list(names) if names else None
+    feature = self._features[label]
     feature = getattr(feature, "feature", feature)  # of what a list holds
     named = isinstance(feature, tfds.features.ClassLabel)
     return list(feature.names) if named else None

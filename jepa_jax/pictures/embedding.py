@@ -204,8 +204,9 @@ def _counted(labels, orders):
   (one, all_), (pixels_one, pixels_all) = shares
   return (
     " A green edge: of the same class; a red one: of another. Over all images "
-    f"the nearest is right for {one:.0%} (by pixels {pixels_one:.0%}), and of "
-    f"the nearest {orders[0].shape[1]} {all_:.0%} ({pixels_all:.0%})."
+    f"the nearest is right for {100 * one:.0f} % (by pixels for "
+    f"{100 * pixels_one:.0f} %), and of the {orders[0].shape[1]} nearest "
+    f"{100 * all_:.0f} % are ({100 * pixels_all:.0f} %)."
   )
 
 
