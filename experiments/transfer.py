@@ -10,10 +10,13 @@ Expected:  I-JEPA H/14, Tables 3 and 4 of Assran et al. 2023 (arXiv:2301.08243):
            Clevr/Dist 72.4.
 Seen:      not run here.
 
-Differs: Places is TFDS's places365_small, not Places205. Features are those of
-central crops, without augmentation; images of any size are resized to that of
-the weights, CIFAR's as in the paper. For Flowers102, Pets and DTD the custom is
-mean_per_class (Pets, Flowers), which every row has beside top1.
+The heads, the optimizer and each data set's epochs are those of VISSL's
+configurations for encoders of I-JEPA's shapes without a class token. Differs:
+Places is TFDS's places365_small, not Places205. Features are those of central
+crops, without augmentation, where VISSL has random crops, for Clevr whole
+images made square, and mirrors both; images of any size are resized to that of
+the weights. For Flowers102, Pets and DTD the custom is mean_per_class (Pets,
+Flowers), which every row has beside top1.
 """
 
 import ml_collections
@@ -32,6 +35,13 @@ SETS = {
   "clevr_count": ("clevr", "count", "train", "validation"),
   "clevr_dist": ("clevr", "distance", "train", "validation"),
 }
+# Those that have a schedule of their own.
+PROTOCOLS = {
+  "places": "linear_places",
+  "inat18": "linear_inaturalist",
+  "clevr_count": "linear_count",
+  "clevr_dist": "linear_distance",
+}
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -43,7 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       label,
       train=train,
       test=test,
-      protocols=("linear_transfer",),
+      protocols=(PROTOCOLS.get(name, "linear_transfer"),),
       source="tfds",
       name=data,
     )

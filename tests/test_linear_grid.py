@@ -99,8 +99,39 @@ def test_the_recipe_of_imagenet_and_of_few_images():
   rates = [float(factor(epoch * 78 + 1)) for epoch in (0, 14, 15, 30, 45)]
   np.testing.assert_allclose(rates, [64, 64, 6.4, 0.64, 0.064], rtol=1e-5)
   assert linear_grid.IMAGENET.schedule(90)[:2] == (32, 1000)
-  size, steps, factor = linear_grid.TRANSFER.schedule(1_800_000)
-  assert (size, steps, float(factor(0))) == (256, 28 * 7031, 1)
+
+
+def test_the_recipes_of_transfer():
+  """Rates over .01 at the start, in the middle and at the end, and epochs."""
+  expected = {
+    "TRANSFER": (28, 1, 0.1, 0.001), "PLACES": (14, 1, 0.1, 0.001),
+    "INATURALIST": (84, 1, 0.1, 0.001), "COUNT": (50, 1, 0.505, 0.01),
+    "DISTANCE": (100, 1, 0.505, 0.01),
+  }  # fmt: skip
+  for name, (epochs, *rates) in expected.items():
+    size, steps, factor = getattr(linear_grid, name).schedule(50_000)
+    assert (size, steps) == (256, epochs * 195), name
+    found = [float(factor(x)) for x in (0, steps // 2, steps)]
+    np.testing.assert_allclose(found, rates, rtol=1e-2, err_msg=name)
+  few = linear_grid.TRANSFER.schedule(2496)  # smaller batches, smaller rates
+  assert few[0] == 32 and float(few[2](0)) == 32 / 256
+
+
+def test_sgd_takes_the_steps_of_nesterov_with_decay():
+  """PyTorch's rule by hand; biases decay as well."""
+  velocity, expected = 0.0, 2.0
+  params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
+  of = linear_grid._optimizer("sgd", 0.1, 0.5)
+  state = of.init(params)
+  for gradient in (1.0, -3.0, 0.5):
+    decayed = gradient + 0.5 * expected
+    velocity = 0.9 * velocity + decayed
+    expected -= 0.1 * (decayed + 0.9 * velocity)
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, gradient), params)
+    updates, state = of.update(gradients, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  for value in jax.tree.leaves(params):
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("row", linear_grid.ROWS, ids=lambda row: row.name)
@@ -110,7 +141,9 @@ def test_separable_classes_are_told_apart(row):
   test["labels"][:10] = 77  # unseen
   found = row.run(train, test)
   assert (found["top1"], found["unseen"]) == (75, 10)
-  assert len(found["cells"]) == 2 * len(row.run.keywords["recipe"].lrs) * 2
+  recipe = row.run.keywords["recipe"]
+  rates = len(recipe.lrs) * len(recipe.weight_decays)
+  assert len(found["cells"]) == 2 * rates
 
 
 def test_a_step_sees_one_of_an_images_crops():

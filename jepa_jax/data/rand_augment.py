@@ -9,8 +9,8 @@ Reference: Cubuk et al. 2019, arXiv:1909.13719, with the operations and ranges
 that timm calls "rand-m9-mstd0.5-inc1", which MAE's fine-tuning takes: a larger
 strength is a larger change, strengths vary by a deviation of .5, and each
 operation is left out in one case of two.
-  Differs: affine operations interpolate bilinearly, always; posterizing keeps
-  at least one bit.
+  Differs: affine operations interpolate bilinearly, always, and shear about the
+  centre; posterizing keeps at least one bit.
 """
 
 from collections.abc import Callable

@@ -21,13 +21,7 @@ _RATIO = (3 / 4, 4 / 3)  # width over height, of a square image
 # Strengths of the levels 1 to 5.
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation, of a scale of 1
 BLUR = (1, 2, 3, 4, 6)  # standard deviation in pixels, of an image of 224,
-LEAST_BLUR = (
-  0.4,
-  0.6,
-  0.7,
-  0.8,
-  1.0,
-)  # and in pixels of smaller ones, at least
+LEAST_BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)  # and of smaller ones, at least
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # factor
 BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)  # added, of a scale of 1
 JPEG = (25, 18, 15, 10, 7)  # quality
@@ -52,11 +46,11 @@ def apply(variant: str, images: np.ndarray) -> np.ndarray:
   Raises:
     ValueError: images that JPEG cannot hold.
 
-  Reference: Hendrycks & Dietterich 2019, arXiv:1903.12261. The levels are
-    meant to be those of its ImageNet-C and have not been held against its code.
-    Differs: brightness is added to red, green and blue, not
-    to the value of HSV; blur is in proportion to the
-    image, but for small ones.
+  Reference: Hendrycks & Dietterich 2019, arXiv:1903.12261; the levels are those
+    of its ImageNet-C, of small images' blur those of CIFAR-10-C, as found in
+    copies of its code.
+    Differs: brightness is added to red, green and blue, not to the value of
+    HSV; blur is in proportion to the image, but for small ones.
   """
   kind, number = variant.split()
   number = int(number)

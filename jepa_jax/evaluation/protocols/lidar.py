@@ -62,7 +62,8 @@ def rank(features: np.ndarray, small: float = SMALL) -> float:
 
   Reference: Thilak et al. 2023, section 3, arXiv:2312.04000.
     Differs: there the views are what the method trains on (for I-JEPA masked
-    images); here random crops, mirrored or not, for any encoder.
+    images); here random crops, mirrored or not, for any encoder. `small` is the
+    default of the stable-pretraining library; others take 1e-6 to 1e-3.
   """
   features = np.asarray(features, np.float64)
   means = features.mean(axis=1)  # [n, D]

@@ -34,10 +34,12 @@ class Recipe:
   has as many steps as ImageNet's, and more epochs if those are too few.
 
   Attributes:
-    optimizer: "lars" or "sgd", both with momentum .9.
+    optimizer: "lars" or "sgd" (Nesterov's), both with momentum .9.
     batch: images of a batch, at most.
     epochs: passes over the training set, at least.
     drops: epochs of these after which the learning rate is a tenth.
+    end: where it is not 0, the rate falls to this share of itself along a
+      cosine instead.
     lrs: learning rates for 256 images. That of LARS, whose steps do not depend
       on the gradient's size, is that of `batch` for smaller ones as well.
     weight_decays: to choose from.
@@ -52,29 +54,31 @@ class Recipe:
   drops: tuple[int, ...]
   lrs: tuple[float, ...]
   weight_decays: tuple[float, ...]
+  end: float = 0.0
   crops: int = 0
 
   def schedule(self, images: int) -> tuple[int, int, optax.Schedule]:
     """Images of a batch, steps, and each step's factor of the rates."""
     size = min(self.batch, max(images // EPOCH, LEAST), images)
     steps = max(self.epochs * (images // size), STEPS)
-    factor = self.batch if self.optimizer == "lars" else size
-    return (
-      size,
-      steps,
-      optax.piecewise_constant_schedule(
-        factor / 256, {steps * drop // self.epochs: 0.1 for drop in self.drops}
-      ),
-    )
+    factor = (self.batch if self.optimizer == "lars" else size) / 256
+    if self.end:
+      return size, steps, optax.cosine_decay_schedule(factor, steps, self.end)
+    drops = {steps * drop // self.epochs: 0.1 for drop in self.drops}
+    return size, steps, optax.piecewise_constant_schedule(factor, drops)
 
 
 IMAGENET = Recipe(
   "lars", 16384, 50, (15, 30, 45), (0.05, 0.01, 0.001), (5e-4, 0.0)
 )
 CROPS = dataclasses.replace(IMAGENET, crops=4)
-TRANSFER = Recipe(
-  "sgd", 256, 28, (8, 16, 24), (1.0, 0.1, 0.01, 0.001), (5e-4, 0.0)
-)
+# As VISSL probes encoders of I-JEPA's shapes on other data: one rate, one
+# weight decay, and epochs by data set.
+TRANSFER = Recipe("sgd", 256, 28, (8, 16, 24), (0.01,), (5e-4,))
+PLACES = dataclasses.replace(TRANSFER, epochs=14, drops=(4, 8, 12))
+INATURALIST = dataclasses.replace(TRANSFER, epochs=84, drops=(24, 48, 72))
+COUNT = dataclasses.replace(TRANSFER, epochs=50, drops=(), end=0.01)
+DISTANCE = dataclasses.replace(COUNT, epochs=100)
 
 
 def linear_grid(
@@ -112,8 +116,10 @@ def linear_grid(
     ValueError: shapes disagree, labels are not integers, fewer than two
       classes, or no such holdout.
 
-  Reference: Assran et al. 2023, appendix A, arXiv:2301.08243. TRANSFER is in
-    the manner of VISSL; its values are to be checked against it.
+  Reference: Assran et al. 2023, appendix A, arXiv:2301.08243. For transfer,
+    which it leaves to VISSL, that library's own configurations
+    (github.com/facebookresearch/vissl, benchmark/linear_image_classification,
+    vit_h16_no_cls and those that it stands on).
     Differs: BatchNorm has no scale and shift of its own, which the linear
     layer has, and is scored by the statistics of all training images; a small
     set has smaller batches; of crops a few are kept, not new ones drawn every
@@ -236,14 +242,14 @@ class _Grid:
 
 
 def _optimizer(name, lr, decay):
-  """Biases have no weight decay, and no rate of their own in LARS."""
-  weights = {"kernel": True, "bias": False}
+  """In LARS, biases have no weight decay and no rate of their own."""
   if name == "lars":
+    weights = {"kernel": True, "bias": False}
     return optax.lars(
       lr, decay, weight_decay_mask=weights, trust_ratio_mask=weights
     )
   return optax.chain(
-    optax.add_decayed_weights(decay, mask=weights),
+    optax.add_decayed_weights(decay),
     optax.sgd(lr, momentum=0.9, nesterov=True),
   )
 
@@ -317,5 +323,9 @@ ROWS = tuple(
     ("imagenet", "LARS", IMAGENET),
     ("imagenet_crops", "LARS, random crops", CROPS),
     ("transfer", "SGD", TRANSFER),
+    ("places", "SGD, 14 epochs", PLACES),
+    ("inaturalist", "SGD, 84 epochs", INATURALIST),
+    ("count", "SGD, 50 epochs, cosine", COUNT),
+    ("distance", "SGD, 100 epochs, cosine", DISTANCE),
   )
 )
