@@ -286,3 +286,29 @@ def test_classes_that_cannot_be_learned_are_one_line(train, test, line):
 def test_a_number_that_is_none_is_refused(bad):
   with pytest.raises(ValueError, match="1 of 3 images .* no finite number"):
     label_checks._numbers([1.0, bad, 2.0], False)
+
+
+@pytest.mark.parametrize(
+  "label, classes, words",
+  [
+    ("kind", 1, "has 2 classes and method.classes is 1; set --config.method."),
+    ("species", 1, "has 2 classes and method.classes is 1"),
+    ("old", 1, "has 2 classes and method.classes is 1"),
+    ("number", 20, "is -5 for an image; classes count from 0 on"),
+    ("height", 20, "is float32; the objective learns classes"),
+    ("one_hot", 3, "is float32; the objective learns classes"),
+    ("kind", 2, ""),
+    ("old", 5, ""),
+    ("species", 2, ""),
+  ],
+)
+def test_labels_to_learn_are_classes_of_the_objective(
+  data, label, classes, words
+):
+  config = types.SimpleNamespace(**vars(data), label=label)
+  names = labels.class_names(config, ["train"], label)
+  if not words:
+    labels.check_classes(config, names, classes)
+    return
+  with pytest.raises(ValueError, match=f'data.label "{label}" {words}'):
+    labels.check_classes(config, names, classes)

@@ -169,6 +169,10 @@ def test_names_without_a_provider_are_refused(config, scenes_dir):
     pipeline.train_dataset(config, {"image": spec((4, 40, 40, 1), np.uint8)})
   with pytest.raises(ValueError, match="data.label is empty"):
     pipeline.train_dataset(config, {"label": spec((4,), np.int32)})
+  config.data.label = "count"
+  config.method.classes = 7
+  with pytest.raises(ValueError, match="has 8 classes and method.classes is 7"):
+    pipeline.train_dataset(config, {"label": spec((4,), np.int32)})
 
 
 def test_a_batch_holds_what_is_declared_and_labels_go_with_images(

@@ -60,6 +60,43 @@ def class_names(
   ]
 
 
+def check_classes(
+  config: Any, names: Sequence[str] | None, classes: int
+) -> None:
+  """Do the labels that an objective learns fit its classes?
+
+  Args:
+    config: config.data.
+    names: of the classes, see class_names; None where they have none: then
+      some images' labels are looked at.
+    classes: that the objective tells apart, from 0 on.
+
+  Raises:
+    ValueError: config.label is no number of a class, or there are more.
+  """
+  count = len(names or ())
+  if names is None:
+    dtype = spec(config, config.split, config.label).dtype
+    if not dtype.is_integer and not dtype.is_bool:
+      raise ValueError(
+        f'data.label "{config.label}" is {dtype.name}; the objective learns '
+        "classes: integers or text."
+      )
+    values, _ = sample(config, config.split, config.label)
+    found = np.unique(values)
+    if found.min() < 0:
+      raise ValueError(
+        f'data.label "{config.label}" is {found.min()} for an image; classes '
+        "count from 0 on."
+      )
+    count = int(found.max()) + 1
+  if count > classes:
+    raise ValueError(
+      f'data.label "{config.label}" has {count} classes and method.classes is '
+      f"{classes}; set --config.method.classes={count}."
+    )
+
+
 def sample(
   config: Any, split: str, label: str, limit: int = 512
 ) -> tuple[list[np.ndarray], bool]:

@@ -133,6 +133,8 @@ def train_dataset(
   label_of = {}
   if "label" in batch_spec:
     names = labels_lib.class_names(data, [data.split], data.label)
+    if "classes" in config.method:
+      labels_lib.check_classes(data, names, config.method.classes)
     label_of["label"] = labels_lib.function(data.label, names)
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(data.max_unreadable)
