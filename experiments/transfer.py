@@ -12,11 +12,12 @@ Seen:      not run here.
 
 The heads, the optimizer and each data set's epochs are those of VISSL's
 configurations for encoders of I-JEPA's shapes without a class token. Differs:
-Places is TFDS's places365_small, not Places205. Features are those of central
-crops, without augmentation, where VISSL has random crops, for Clevr whole
-images made square, and mirrors both; images of any size are resized to that of
-the weights. For Flowers102, Pets and DTD the custom is mean_per_class (Pets,
-Flowers), which every row has beside top1.
+Places is TFDS's places365_small, not Places205, and both it and iNaturalist go
+without random crops, whose features no host could hold; of the others four
+crops of each image are kept. Clevr's images are cut to their central part, as
+the paper says, where VISSL makes whole ones square; both are mirrored or not.
+For Flowers102, Pets and DTD the custom is mean_per_class (Pets, Flowers), which
+every row has beside top1.
 """
 
 import ml_collections

@@ -146,23 +146,30 @@ def test_separable_classes_are_told_apart(row):
   assert len(found["cells"]) == 2 * rates
 
 
-def test_a_step_sees_one_of_an_images_crops():
-  """Each of them comes, of the right image; without crops it is the image."""
+@pytest.mark.parametrize(
+  "recipe, expected",
+  [
+    ("CROPS", {100, 200, 300, 400}), ("TRANSFER", {100, 200, 300, 400}),
+    ("COUNT", {0, 500}), ("DISTANCE", {0, 500}), ("IMAGENET", {0}),
+    ("PLACES", {0}), ("INATURALIST", {0}),
+  ],
+)  # fmt: skip
+def test_a_step_sees_one_of_an_images_views(recipe, expected):
+  """Each of them comes, of the right image; without any it is the image."""
   train = test_probes.blobs(30, 5, 3, 0.1)
-  train["variants"] = {
-    f"crop {i}": train["features"] + 100 * (i + 1) for i in range(4)
-  } | {"view 0": np.zeros((30, 5))}
+  shifts = {f"crop {i}": 100 * (i + 1) for i in range(6)} | {"mirror 0": 500}
+  train["variants"] = {k: train["features"] + v for k, v in shifts.items()}
+  train["variants"]["view 0"] = np.zeros((30, 5))
   rows = np.arange(24).reshape(4, 6) % 7
-  seen = linear_grid._Grid(train, linear_grid.CROPS, 3, 0)._seen(
+  recipe = getattr(linear_grid, recipe)
+  seen = linear_grid._Grid(train, recipe, 3, 0)._seen(
     train["features"], rows, np.random.default_rng(0)
   )
   shift = seen - train["features"][rows]
-  assert set(np.unique(shift.round())) == {100, 200, 300, 400}
+  assert set(np.unique(shift.round())) == expected
   assert (np.ptp(shift, axis=-1) < 1e-3).all() and seen.shape == (4, 6, 5)
-  plain = linear_grid._Grid(train, linear_grid.IMAGENET, 3, 0)
-  np.testing.assert_array_equal(
-    plain._seen(train["features"], rows, None), train["features"][rows]
-  )
+  (row,) = (x for x in linear_grid.ROWS if x.run.keywords["recipe"] == recipe)
+  assert set(row.train_variants) == set(recipe.views) - {"plain"}
 
 
 def test_what_cannot_be_probed_is_refused():

@@ -18,7 +18,7 @@ def picture(height=22, width=31, channels=3):
   return np.stack([flat + 7 * c for c in range(channels)], -1).astype(np.uint8)
 
 
-ALL = (*variants.corruptions(), "view 0", "crop 7")
+ALL = (*variants.corruptions(), "view 0", "crop 7", "mirror 0")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -42,8 +42,11 @@ def test_noise_has_the_deviation_of_its_level_and_each_level_its_own():
     assert abs(noise.mean()) < 0.5
 
 
-def test_contrast_and_brightness_by_hand():
+def test_mirror_contrast_and_brightness_by_hand():
   image = picture()[None]
+  np.testing.assert_array_equal(
+    variants.apply("mirror 0", image), image[:, :, ::-1]
+  )
   mean = image.astype(float).mean(axis=(1, 2), keepdims=True)
   expected = mean + 0.2 * (image - mean)
   np.testing.assert_allclose(

@@ -1,7 +1,8 @@
 """Images changed before they are encoded: random views, and corruptions.
 
-A variant is named, such as "view 3", "crop 0" or "noise 5". It is a function of
-the image and that name alone, so that neither batches nor processes matter.
+A variant is named, such as "view 3", "crop 0", "mirror 0" or "noise 5". It is a
+function of the image and that name alone, so that neither batches nor processes
+matter.
 
 Axes: B images, H W pixels, C channels.
 """
@@ -36,8 +37,8 @@ def apply(variant: str, images: np.ndarray) -> np.ndarray:
   added to every channel; JPEG is encoded and decoded.
 
   Args:
-    variant: a key of CROPS and a number, which draws another crop; or one of
-      CORRUPTIONS and its level, 1 to 5.
+    variant: a key of CROPS and a number, which draws another crop; "mirror 0";
+      or one of CORRUPTIONS and its level, 1 to 5.
     images: uint8 [B, H, W, C].
 
   Returns:
@@ -56,6 +57,8 @@ def apply(variant: str, images: np.ndarray) -> np.ndarray:
   number = int(number)
   if kind in CROPS:
     change = lambda x: _crop(x, CROPS[kind], _random(x, variant))
+  elif kind == "mirror":
+    change = lambda x: x[:, ::-1]
   else:
     change = lambda x: CORRUPTIONS[kind](x, number, variant)
   return np.stack([change(x) for x in np.asarray(images)])

@@ -22,6 +22,8 @@ from jepa_jax.evaluation import features
 from jepa_jax.evaluation.protocols import accuracy, linear, protocol
 
 HEADS = ("linear", "BatchNorm")
+PLAIN = "plain"
+FOUR_CROPS = tuple(f"crop {i}" for i in range(4))
 CHUNK = 2**24  # numbers that go to the device at a time
 EPOCH, LEAST, STEPS = 78, 32, 1000  # steps, images of a batch, steps in all
 
@@ -43,9 +45,9 @@ class Recipe:
     lrs: learning rates for 256 images. That of LARS, whose steps do not depend
       on the gradient's size, is that of `batch` for smaller ones as well.
     weight_decays: to choose from.
-    crops: random resized crops of each training image, mirrored or not, whose
-      features are kept; a step takes one of an image's at random. 0: the
-      image's central part, every time.
+    views: of each training image, whose features are kept (names of
+      variants.apply, PLAIN for the central part as it is); a step takes one of
+      an image's at random. (): PLAIN, every time.
   """
 
   optimizer: str
@@ -55,7 +57,7 @@ class Recipe:
   lrs: tuple[float, ...]
   weight_decays: tuple[float, ...]
   end: float = 0.0
-  crops: int = 0
+  views: tuple[str, ...] = ()
 
   def schedule(self, images: int) -> tuple[int, int, optax.Schedule]:
     """Images of a batch, steps, and each step's factor of the rates."""
@@ -71,13 +73,18 @@ class Recipe:
 IMAGENET = Recipe(
   "lars", 16384, 50, (15, 30, 45), (0.05, 0.01, 0.001), (5e-4, 0.0)
 )
-CROPS = dataclasses.replace(IMAGENET, crops=4)
+CROPS = dataclasses.replace(IMAGENET, views=FOUR_CROPS)
 # As VISSL probes encoders of I-JEPA's shapes on other data: one rate, one
-# weight decay, and epochs by data set.
-TRANSFER = Recipe("sgd", 256, 28, (8, 16, 24), (0.01,), (5e-4,))
-PLACES = dataclasses.replace(TRANSFER, epochs=14, drops=(4, 8, 12))
-INATURALIST = dataclasses.replace(TRANSFER, epochs=84, drops=(24, 48, 72))
-COUNT = dataclasses.replace(TRANSFER, epochs=50, drops=(), end=0.01)
+# weight decay, and epochs by data set. Of large sets, crops would not fit in a
+# host's memory.
+PLACES = Recipe("sgd", 256, 14, (4, 8, 12), (0.01,), (5e-4,))
+INATURALIST = dataclasses.replace(PLACES, epochs=84, drops=(24, 48, 72))
+TRANSFER = dataclasses.replace(
+  PLACES, epochs=28, drops=(8, 16, 24), views=FOUR_CROPS
+)
+COUNT = dataclasses.replace(
+  PLACES, epochs=50, drops=(), end=0.01, views=(PLAIN, "mirror 0")
+)
 DISTANCE = dataclasses.replace(COUNT, epochs=100)
 
 
@@ -99,7 +106,7 @@ def linear_grid(
   Args:
     train: features [n, D], labels [n] integers of any values; "width", the
       features of one layer, if the last ones are to be probed alone as well;
-      "variants", with those of the crops that the recipe asks for.
+      "variants", with those of the views that the recipe asks for.
     test: features [B, D], labels [B].
     recipe: how cells are trained.
     holdout: share of the training images that chooses, in (0, 1).
@@ -163,9 +170,8 @@ class _Grid:
 
   def __init__(self, train, recipe, classes, seed):
     self.recipe, self.seed, self.classes = recipe, seed, classes
-    self.crops = [
-      x for name, x in train.get("variants", {}).items() if "crop" in name
-    ][: recipe.crops]
+    known = {PLAIN: train["features"], **train.get("variants", {})}
+    self.views = [known[name] for name in recipe.views if name in known]
     self.mean, self.scale = features.statistics(train["features"])
     width = len(self.mean)
     layer = int(train.get("width", width))
@@ -208,13 +214,13 @@ class _Grid:
     return params
 
   def _seen(self, inputs, rows, random):
-    """Features of some images, or of one random crop of each."""
-    if not self.crops:
+    """Features of some images, or of one view of each, at random."""
+    if not self.views:
       return inputs[rows]
-    crops = random.integers(len(self.crops), size=rows.shape)
+    which = random.integers(len(self.views), size=rows.shape)
     found = np.empty((*rows.shape, inputs.shape[1]), np.float32)
-    for i, features_of_crop in enumerate(self.crops):
-      found[crops == i] = features_of_crop[rows[crops == i]]
+    for i, features_of_view in enumerate(self.views):
+      found[which == i] = features_of_view[rows[which == i]]
     return found
 
   def _batches(self, chosen, size) -> Iterator[np.ndarray]:
@@ -317,15 +323,15 @@ ROWS = tuple(
     unit="%",
     higher_is_better=True,
     label="class",
-    train_variants=tuple(f"crop {i}" for i in range(recipe.crops)),
+    train_variants=tuple(x for x in recipe.views if x != PLAIN),
   )
   for name, words, recipe in (
     ("imagenet", "LARS", IMAGENET),
     ("imagenet_crops", "LARS, random crops", CROPS),
-    ("transfer", "SGD", TRANSFER),
+    ("transfer", "SGD, random crops", TRANSFER),
     ("places", "SGD, 14 epochs", PLACES),
     ("inaturalist", "SGD, 84 epochs", INATURALIST),
-    ("count", "SGD, 50 epochs, cosine", COUNT),
-    ("distance", "SGD, 100 epochs, cosine", DISTANCE),
+    ("count", "SGD, 50 epochs, mirrored or not", COUNT),
+    ("distance", "SGD, 100 epochs, mirrored or not", DISTANCE),
   )
 )
