@@ -213,6 +213,21 @@ def test_means_and_deviations_are_those_of_numpy(tmp_path):
     comparison.cell("a", paths)
 
 
+def test_names_that_are_too_long_for_a_chart_are_numbers_there():
+  key = ("e", "p", "last")
+  ticks = lambda axes: [x.get_text() for x in axes.get_xticklabels()]
+  for name, shown, style in (("lr", ["lr0", "lr1"], "-"), (25 * "x", "12", "")):
+    cells = [
+      comparison.Cell(f"{name}{i}", {key: (1.0 + i, 2.0)}) for i in range(2)
+    ]
+    (axes,) = comparison.chart(cells, "e", "p").axes
+    assert ticks(axes) == [*shown]
+    assert axes.lines[0].get_linestyle() == (style or "None")
+    page = comparison.page("t", "c", cells)
+    for i in (1, 2):
+      assert (f'<span class="note">{i}</span>' in page) == (not style)
+
+
 def test_every_table_of_the_paper_is_a_sweep_that_starts(tmp_path):
   page = (conftest.ROOT / "docs/evaluation.md").read_text()
   rows = re.findall(r"^\| (\d+), [^|]*\| `([^`]*)` \|", page, re.MULTILINE)

@@ -15,6 +15,9 @@ import numpy as np
 
 from jepa_jax.evaluation import figures, verdict
 
+# Letters below a chart: side by side, and of a name that is aslant.
+ROOM, LONGEST = 60, 24
+
 Column = tuple[str, str, str]  # evaluation, protocol and features
 Point = tuple[float, float, float]  # operations, seconds and score
 
@@ -102,8 +105,16 @@ def as_text(lines: Sequence[Sequence[str]]) -> str:
   )
 
 
+def numbered(cells: Sequence[Cell]) -> bool:
+  """Whether names are too long for a chart, which then has their numbers."""
+  return max((len(c.name) for c in cells), default=0) > LONGEST
+
+
 def chart(cells: Sequence[Cell], evaluation: str, protocol: str) -> Any:
-  """A matplotlib figure: a dot a run, and the mean of each cell as a line."""
+  """A matplotlib figure: a dot a run, and the means of the cells as a line.
+
+  Cells that are `numbered` are no series: their means are dashes.
+  """
   from matplotlib import figure as figure_lib
 
   ink, faint, rule = (
@@ -115,17 +126,21 @@ def chart(cells: Sequence[Cell], evaluation: str, protocol: str) -> Any:
   axes.grid(axis="y", color=rule, linewidth=1)
   axes.tick_params(left=False, bottom=False, labelsize=10, labelcolor=faint)
   shown = [key for key in columns(cells) if key[:2] == (evaluation, protocol)]
+  counted = numbered(cells)
   for i, key in enumerate(shown):
     colour = figures.PALETTE[f"c{i % figures.COLOURS}"][0]
     scored = [
       (x, c.scores[key]) for x, c in enumerate(cells) if key in c.scores
     ]
     means = [np.mean(values) for _, values in scored]
-    axes.plot([x for x, _ in scored], means, color=colour, label=key[2])
+    style = {"marker": "_", "ms": 18, "mew": 2, "ls": ""} if counted else {}
+    places = [x for x, _ in scored]
+    axes.plot(places, means, color=colour, label=key[2], **style)
     for x, values in scored:
       axes.plot([x] * len(values), values, "o", color=colour, markersize=4)
-  axes.set_xticks(range(len(cells)), [c.name for c in cells], color=ink)
-  if sum(len(c.name) for c in cells) > 60:
+  names = [str(x + 1) if counted else c.name for x, c in enumerate(cells)]
+  axes.set_xticks(range(len(cells)), names, color=ink)
+  if sum(map(len, names)) > ROOM:
     axes.tick_params(axis="x", labelrotation=30)
   axes.legend(frameon=False, fontsize=10, labelcolor=ink)
   return figure
@@ -191,7 +206,7 @@ def page(
     title: heading.
     command: what made it, shown as text.
     cells: in the order of the table.
-    lines: of the table, if not those of `table`.
+    lines: of the table, if not those of `table`; the cells in their order.
     charts: (caption, svg) before those of the protocols.
   """
   import jinja2
@@ -212,5 +227,6 @@ def page(
     command=command,
     palette=figures.PALETTE,
     lines=lines or table(cells),
+    numbered=numbered(cells),
     charts=charts,
   )
