@@ -230,6 +230,9 @@ def test_images_come_with_their_classes(tmp_path):
   label = images.class_label(data, "all", ["nothing", "label"])
   found, classes = images.of_data(data, "all", 3, label)
   assert found.shape == (3, 12, 12, 3) and classes == ["cat", "cat", "dog"]
+  # Of a folder, which is sorted, evenly spaced ones.
+  assert images.of_data(data, "all", 2, label)[1] == ["cat", "dog"]
+  assert images.of_data(data, "all", 9, label)[1] == 2 * ["cat"] + 2 * ["dog"]
   assert images.of_data(data, "all", 3)[1] is None
   with pytest.raises(ValueError, match='no label "nothing"; there are: '):
     images.class_label(data, "all", ["nothing"])

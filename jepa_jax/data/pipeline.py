@@ -300,6 +300,7 @@ def evaluation_dataset(
   labels: Sequence[str] = (),
   names: Mapping[str, Sequence[str]] | None = None,
   split: str | None = None,
+  indices: np.ndarray | None = None,
   process_index: int = 0,
   process_count: int = 1,
   unreadable: unreadable_lib.Unreadable | None = None,
@@ -315,6 +316,7 @@ def evaluation_dataset(
     names: of classes by label, see labels.class_names; text becomes the number
       of its name.
     split: in place of config.split.
+    indices: of some images of the split, in place of all.
     process_index: of this process.
     process_count: number of processes; must divide the batch size.
     unreadable: where to count images that are skipped.
@@ -335,7 +337,9 @@ def evaluation_dataset(
   }
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(config.max_unreadable)
-  count = len(source)
+  if indices is None:
+    indices = np.arange(len(source))
+  count = len(indices)
   rules = pixels.Rules.from_config(config)
   image_size = models.height_and_width(config.image_size)
   share = _share(batch_size, process_count)
@@ -343,7 +347,7 @@ def evaluation_dataset(
 
   def plan(start):
     place = start + offsets
-    index = np.minimum(place, count - 1)  # the last image pads its batch
+    index = indices[np.minimum(place, count - 1)]  # the last pads its batch
     records = source.read(index)
     encoded, kinds, sizes, orientations = batches.headers(
       source.images(records), rules

@@ -17,7 +17,10 @@ Images = np.ndarray  # uint8 [n, H, W, C]
 def of_data(
   data: ml_collections.ConfigDict, split: str, count: int, label: str = ""
 ) -> tuple[Images, list[str] | None]:
-  """Images of a split, from its first on, cut to their central part.
+  """Images of a split, cut to their central part.
+
+  They are the first ones; of a folder, which is sorted by class, evenly spaced
+  ones.
 
   Args:
     data: config.data.
@@ -32,27 +35,27 @@ def of_data(
     ValueError: no such data or split, or no image that can be read.
   """
   total = pipeline.num_examples(data, split)
+  count = min(count, total)
+  apart = total / count if data.source == "folder" else 1
   dataset = pipeline.evaluation_dataset(
     data,
-    batch_size=min(count, total, 64),
+    batch_size=min(count, 64),
     split=split,
     labels=(label,) if label else (),
+    indices=(apart * np.arange(count)).astype(np.int64),
   )
-  found, classes, have = [], [], 0
+  found, classes = [], []
   for batch in dataset.as_numpy_iterator():
     found.append(batch["image"][batch["valid"]])
     if label:
       classes.extend(batch["labels"][label][batch["valid"]].tolist())
-    have += len(found[-1])
-    if have >= count:
-      break
-  images = np.concatenate(found)[:count]
+  images = np.concatenate(found)
   if not len(images):
     raise ValueError(f"no image of {data.name} can be read.")
   if not label:
     return images, None
   names = sources.open_source(data, split).class_names(label)
-  return images, [_name(x, names) for x in classes[:count]]
+  return images, [_name(x, names) for x in classes]
 
 
 def _name(value: int | bytes, names: list[str] | None) -> str:
