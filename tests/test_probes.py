@@ -7,6 +7,7 @@ import pytest
 from jepa_jax.evaluation import protocols
 from jepa_jax.evaluation.protocols import (
   accuracy,
+  dense,
   knn,
   linear,
   multilabel,
@@ -371,6 +372,47 @@ def test_standard_errors_are_the_spread_over_test_samples():
   share = metrics["top1"] / 100
   assert metrics["standard_error"] == pytest.approx(
     100 * np.sqrt(share * (1 - share) / 40), abs=1e-3
+  )
+
+
+def test_a_jackknife_of_a_mean_is_its_standard_error():
+  values = np.random.default_rng(0).normal(size=accuracy.GROUPS)
+  found = accuracy.jackknife(lambda kept: values[kept].mean(), len(values))
+  expected = values.std(ddof=1) / np.sqrt(len(values))
+  assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_standard_errors_of_means_over_classes_are_over_images():
+  """mIoU and mAP vary from one draw of test images to the next by so much."""
+  train = patches(300, 0, "mask")
+  many = patches(4000, 1, "mask")
+  noise = np.random.default_rng(2).normal(size=many["features"].shape)
+  many["features"] = (many["features"] + 0.7 * noise).astype(np.float16)
+  draw = lambda side, i: {
+    k: v[100 * i : 100 * (i + 1)] if len(v) == 4000 else v
+    for k, v in side.items()
+  }
+  found = [dense.segmentation(train, draw(many, i)) for i in range(40)]
+  assert np.mean([x["standard_error"] for x in found]) == pytest.approx(
+    np.std([x["miou"] for x in found]), rel=0.3
+  )
+  random = np.random.default_rng(3)
+  classes = random.integers(0, 2, (12_300, 3))
+  features = classes @ random.normal(size=(3, 6)) + random.normal(
+    size=(12_300, 6)
+  )
+  side = lambda rows: {
+    "features": features[rows].astype(np.float32), "labels": classes[rows]
+  }  # fmt: skip
+  found = [
+    multilabel.multilabel(
+      side(slice(0, 300)), side(slice(300 + 200 * i, 500 + 200 * i)),
+      strengths=[1e-2],
+    )
+    for i in range(60)
+  ]  # fmt: skip
+  assert np.mean([x["standard_error"] for x in found]) == pytest.approx(
+    np.std([x["mAP"] for x in found]), rel=0.3
   )
 
 

@@ -1,5 +1,6 @@
 """How often a classification is right: metrics of scores, in percent."""
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from jepa_jax.evaluation.protocols import protocol
 
 PER_CLASS = 100  # classes up to which each has its own accuracy
 CONFUSED = 20  # and up to which it is counted what each is taken for
+GROUPS = 20  # of test images, for jackknife
 
 
 def accuracies(
@@ -73,3 +75,23 @@ def accuracies(
 def percent(right: np.ndarray) -> float:
   """Share of what is true, in percent."""
   return round(100 * float(np.mean(right)), 3)
+
+
+def jackknife(score: Callable[[np.ndarray], float], count: int) -> float:
+  """Standard error over the test images of a score that is no mean of theirs.
+
+  By leaving out one of GROUPS random groups of images at a time.
+
+  Args:
+    score: of which images are kept, bool [count].
+    count: images, 2 or more.
+
+  Returns:
+    In the score's unit.
+
+  Reference: Kott 2001, The delete-a-group jackknife, J. Official Statistics.
+  """
+  groups = min(GROUPS, count)
+  member = np.random.default_rng(0).permutation(count) % groups
+  scores = [score(member != group) for group in range(groups)]
+  return float(math.sqrt(groups - 1) * np.std(scores))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jepa_jax.evaluation import features as features_lib
-from jepa_jax.evaluation.protocols import linear, protocol, ridge
+from jepa_jax.evaluation.protocols import accuracy, linear, protocol, ridge
 
 MOST = 200_000  # patches of train that a classifier learns from
 
@@ -70,8 +70,8 @@ def segmentation(
   Returns:
     miou, the mean over classes of the intersection over union of patches, in
     percent; per_class, {class: its own}; baseline, the miou of always saying
-    the commonest class; standard_error of miou, over classes; top1 of patches;
-    strength; n_train, n_test, patches.
+    the commonest class; standard_error of miou over the test images; top1 of
+    patches; strength; n_train, n_test, patches.
 
   Raises:
     ValueError: shapes disagree, or what linear.linear_probe raises.
@@ -90,16 +90,21 @@ def segmentation(
   said = classify(sides[1]["features"])
   true = sides[1]["labels"]
   ious = intersections_over_unions(said, true)
-  spread = np.std(list(ious.values())) / np.sqrt(len(ious))
+  by_image = [x.reshape(-1, patches) for x in (said, true)]
   seen, counts = np.unique(sides[0]["labels"], return_counts=True)
   always = np.full_like(true, seen[counts.argmax()])
   baseline = intersections_over_unions(always, true)
   return {
-    "miou": round(100 * float(np.mean(list(ious.values()))), 3),
+    "miou": round(_percent(ious), 3),
     "per_class": {str(k): round(100 * v, 3) for k, v in ious.items()},
-    "baseline": round(100 * float(np.mean(list(baseline.values()))), 3),
+    "baseline": round(_percent(baseline), 3),
     "top1": found["top1"],
-    "standard_error": float(100 * spread),
+    "standard_error": accuracy.jackknife(
+      lambda kept: _percent(
+        intersections_over_unions(*(x[kept] for x in by_image))
+      ),
+      len(test["features"]),
+    ),
     "strength": found["strength"],
     "n_train": len(chosen),
     "n_test": len(test["features"]),
@@ -107,10 +112,14 @@ def segmentation(
   }
 
 
+def _percent(ious):
+  return 100 * float(np.mean([*ious.values()]))
+
+
 def intersections_over_unions(
   said: np.ndarray, true: np.ndarray
 ) -> dict[int, float]:
-  """Of every class that is true somewhere; [n] integers both."""
+  """Of every class that is true somewhere; integers of one shape both."""
   return {
     int(k): float(
       np.sum((said == k) & (true == k)) / np.sum((said == k) | (true == k))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jepa_jax.evaluation import bank as bank_lib
-from jepa_jax.evaluation.protocols import linear, protocol
+from jepa_jax.evaluation.protocols import accuracy, linear, protocol
 
 
 def multilabel(
@@ -42,7 +42,7 @@ def multilabel(
 
   Returns:
     mAP, the mean of the average precisions of the classes that some test image
-    has, in percent; standard_error of mAP over these classes; chance, the mAP
+    has, in percent; standard_error of mAP over the test images; chance, the mAP
     of scores that say nothing: the mean share of images with a class;
     per_class, {column: average precision in percent}; train_mAP, holdout_mAP;
     strength, converged; n_train, n_test, classes, and unseen, classes of test
@@ -71,11 +71,13 @@ def multilabel(
   parameters, outcome = fit(np.ones(len(targets), bool), best)
   said = fit.logits(test["features"], *parameters)
   precisions = average_precisions(said, wanted)
-  known = precisions[~np.isnan(precisions)]
   fitted = average_precisions(fit.train_logits(*parameters), targets)
   return {
     "mAP": _mean(precisions),
-    "standard_error": 100 * float(known.std() / np.sqrt(len(known))),
+    "standard_error": accuracy.jackknife(
+      lambda kept: _mean(average_precisions(said[kept], wanted[kept])),
+      len(wanted),
+    ),
     "chance": 100 * float(wanted.mean(axis=0)[wanted.any(axis=0)].mean()),
     "train_mAP": _mean(fitted),
     "holdout_mAP": scores.get(best),
