@@ -12,7 +12,8 @@ Command:   python -m jepa_jax.train --workdir runs/tuned \\
            --config.method.classes.
 Hardware:  one or two CPU cores, minutes.
 Expected:  the paper has no such experiment.
-Seen:      docs/results.md.
+Seen:      Fashion-MNIST, 1,000 labels: 81.5, from scratch 72.4; scenes, count,
+           8,000 labels: 53.0, from scratch 47.4. docs/results.md.
 
 The recipe is the paper's of 1 % of ImageNet (experiments/finetune_in1k.py) with
 a learning rate for small batches, and without RandAugment, whose ranges are
