@@ -382,6 +382,17 @@ def test_a_jackknife_of_a_mean_is_its_standard_error():
   assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_few_test_images_have_no_standard_error():
+  """One image; and two, of which one has no class to be scored by."""
+  train, one = patches(300, 0, "mask"), patches(1, 1, "mask")
+  assert dense.segmentation(train, one)["standard_error"] is None
+  features = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+  known = {"features": features, "labels": (features[:, :2] > 0).astype(int)}
+  two = {"features": features[:2], "labels": np.asarray([[1, 1], [0, 0]])}
+  found = multilabel.multilabel(known, two, strengths=[1e-2])
+  assert found["standard_error"] is None and np.isfinite(found["mAP"])
+
+
 def test_standard_errors_of_means_over_classes_are_over_images():
   """mIoU and mAP vary from one draw of test images to the next by so much."""
   train = patches(300, 0, "mask")

@@ -77,21 +77,26 @@ def percent(right: np.ndarray) -> float:
   return round(100 * float(np.mean(right)), 3)
 
 
-def jackknife(score: Callable[[np.ndarray], float], count: int) -> float:
+def jackknife(score: Callable[[np.ndarray], float], count: int) -> float | None:
   """Standard error over the test images of a score that is no mean of theirs.
 
   By leaving out one of GROUPS random groups of images at a time.
 
   Args:
-    score: of which images are kept, bool [count].
-    count: images, 2 or more.
+    score: of which images are kept, bool [count]; NaN where they have none.
+    count: images.
 
   Returns:
-    In the score's unit.
+    In the score's unit; None where there are no two scores to tell it by.
 
   Reference: Kott 2001, The delete-a-group jackknife, J. Official Statistics.
   """
   groups = min(GROUPS, count)
+  if groups < 2:
+    return None
   member = np.random.default_rng(0).permutation(count) % groups
-  scores = [score(member != group) for group in range(groups)]
-  return float(math.sqrt(groups - 1) * np.std(scores))
+  scores = np.asarray([score(member != group) for group in range(groups)])
+  scores = scores[np.isfinite(scores)]
+  if len(scores) < 2:
+    return None
+  return float(math.sqrt(len(scores) - 1) * np.std(scores))

@@ -4,6 +4,7 @@ Axes: n training images, B test images, D features, K classes.
 """
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,8 @@ def _loss(logits, targets):
 
 
 def _mean(precisions):
-  return round(100 * float(np.nanmean(precisions)), 3)
+  known = precisions[~np.isnan(precisions)]
+  return round(100 * float(known.mean()), 3) if len(known) else math.nan
 
 
 ROW = protocol.Protocol(
