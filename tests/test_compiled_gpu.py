@@ -89,6 +89,7 @@ STEPS = {
   "rivals.py:mae,scenes": ("l40s:4", ()),
   "decoder.py:scenes": ("l40s:1", ()),
   "small.py:scenes": ("rtx4090:1", ()),
+  "finetune_small.py:scenes": ("rtx4090:1", ()),
   "transfer.py": ("h100:8", ("mesh.fsdp=8",)),
   "finetune_in1k.py:vitl16_1pct": ("h100:8", ("mesh.fsdp=8",)),
   "mae_in1k.py:vith14": ("h100:8", ("mesh.fsdp=8",)),
