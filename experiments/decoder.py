@@ -13,8 +13,8 @@ Expected:  samples of a prediction agree in what is predicted, such as pose and
            category of an object, and differ in detail and background.
 Seen:      in1k: not run here. scenes, averaged targets: error of the noise
            .045; samples keep number and colours of things, and find their image
-           again among 64 for a third. Averaged predictions: not run to its end.
-           docs/pictures.md.
+           again among 64 for a third. Averaged predictions: samples are scenes,
+           and hardly their image's. docs/pictures.md.
 
 in1k follows appendix E of Assran et al. 2023 (arXiv:2301.08243), which takes
 the defaults of Bordes et al. 2022 (arXiv:2112.09164): 300,000 iterations, 1,000
