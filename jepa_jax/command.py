@@ -255,10 +255,7 @@ def _experiment(file: str, variant: str) -> ml_collections.ConfigDict:
       loader=importlib.machinery.SourceFileLoader("experiment", file),
     )
     module = importlib.util.module_from_spec(spec)
-    # An experiment may import its neighbours.
-    folder = str(pathlib.Path(file).resolve().parent)
-    if folder not in sys.path:
-      sys.path.append(folder)
+    _find_neighbours(pathlib.Path(file).resolve().parent)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
       raise ValueError("the config file defines no get_config().")
@@ -273,6 +270,26 @@ def _experiment(file: str, variant: str) -> ml_collections.ConfigDict:
       "ConfigDict that starts from jepa_jax.config.defaults()."
     )
   return config
+
+
+# Folders of experiments on sys.path, the newest first.
+_folders: list[str] = []
+
+
+def _find_neighbours(folder: pathlib.Path) -> None:
+  """Lets an experiment import what lies beside it.
+
+  What other folders' experiments have imported under the same names goes.
+  """
+  for name, module in list(sys.modules.items()):
+    place = pathlib.Path(getattr(module, "__file__", None) or "").parent
+    mine = str(place) in _folders and place != folder
+    if mine and (folder / f"{name}.py").exists():
+      del sys.modules[name]
+  sys.path[:] = [known for known in sys.path if known not in _folders]
+  others = [known for known in _folders if known != str(folder)]
+  _folders[:] = others if str(folder) in sys.path else [str(folder), *others]
+  sys.path.extend(_folders)  # the last: installed packages come first
 
 
 def _place(file: str, error: Exception) -> str:

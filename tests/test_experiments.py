@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import conftest
@@ -138,6 +139,22 @@ def test_overrides_reach_every_type():
 def test_bad_overrides_are_named(override, message):
   with pytest.raises(ValueError, match=message):
     load("quickstart", override)
+
+
+def test_an_experiment_imports_its_own_neighbours(tmp_path):
+  """Not those of the same name of an experiment loaded before it."""
+  for i, name in enumerate(("a", "b")):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "neighbour.py").write_text(f"SEED = {i + 5}\n")
+    (tmp_path / name / "mine.py").write_text(
+      "import neighbour\nfrom jepa_jax import config\n"
+      "def get_config():\n  c = config.defaults()\n"
+      "  c.seed = neighbour.SEED\n  return c\n"
+    )
+  for name, seed in (("a", 5), ("b", 6), ("b", 6), ("a", 5)):
+    config = command.load_config(str(tmp_path / name / "mine.py"), [])
+    assert config.seed == seed
+  assert sys.path.count(str(tmp_path / "a")) == 1
 
 
 def test_missing_files_are_named(tmp_path):
