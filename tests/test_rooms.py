@@ -154,3 +154,12 @@ def test_tensorflow_sees_no_accelerator():
     check=True,
   )
   assert done.stdout.strip() == "{'CPU'}"
+
+
+def test_files_and_functions_stay_short():
+  for path in PACKAGE.rglob("*.py"):
+    text = path.read_text()
+    assert text.count("\n") <= 400, path
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef):
+        assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"

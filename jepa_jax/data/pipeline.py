@@ -331,14 +331,11 @@ def evaluation_dataset(
     ValueError: source, label or share that cannot be had.
   """
   source = sources.open_source(config, split)
-  label_of = {
-    label: labels_lib.function(label, (names or {}).get(label))
-    for label in labels
-  }
+  names = names or {}
+  label_of = {x: labels_lib.function(x, names.get(x)) for x in labels}
   if unreadable is None:
     unreadable = unreadable_lib.Unreadable(config.max_unreadable)
-  if indices is None:
-    indices = np.arange(len(source))
+  indices = np.arange(len(source)) if indices is None else indices
   count = len(indices)
   rules = pixels.Rules.from_config(config)
   image_size = models.height_and_width(config.image_size)
@@ -368,10 +365,8 @@ def evaluation_dataset(
       "labels": batch["labels"],
     }
 
-  spec = {
-    "record": tf.TensorSpec([share], tf.string),
-    "valid": tf.TensorSpec([share], tf.bool),
-  }
+  spec = {"record": tf.TensorSpec([share], tf.string)}
+  spec["valid"] = tf.TensorSpec([share], tf.bool)
   starts = tf.data.Dataset.range(0, count, batch_size)
   made = _label_features(source, label_of)
   features = lambda example: {"labels": made(example)}

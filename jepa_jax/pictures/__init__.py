@@ -7,10 +7,11 @@
   training    curves of several runs; features over training, as a film
   decoders    a decoder's run, and the file that one is handed on in
   decoding    what features say of an image, drawn by a decoder
-  images      what is drawn: a folder, or a run's own data
+  images      images of a folder, or of a run's own data, and their classes
+  shown       the networks and images that the command's flags name
   layout      sheets of pictures with words, and files of them
 
-All but `images` and a decoder's run work without TensorFlow.
+All but `images`, `shown` and a decoder's run work without TensorFlow.
 
 EXAMPLE is the file of a small encoder to try them with: the target encoder of
 experiments/quickstart.py, 2,000 steps on rendered scenes of 64 pixels.

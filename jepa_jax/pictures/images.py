@@ -19,8 +19,8 @@ def of_data(
 ) -> tuple[Images, list[str] | None]:
   """Images of a split, cut to their central part.
 
-  They are the first ones; of a folder, which is sorted by class, evenly spaced
-  ones.
+  They are the first ones; of a folder, which is sorted by class, random ones,
+  always the same.
 
   Args:
     data: config.data.
@@ -36,13 +36,15 @@ def of_data(
   """
   total = pipeline.num_examples(data, split)
   count = min(count, total)
-  apart = total / count if data.source == "folder" else 1
+  order = np.arange(total)
+  if data.source == "folder":
+    order = np.random.default_rng(0).permutation(total)
   dataset = pipeline.evaluation_dataset(
     data,
     batch_size=min(count, 64),
     split=split,
     labels=(label,) if label else (),
-    indices=(apart * np.arange(count)).astype(np.int64),
+    indices=order[:count],
   )
   found, classes = [], []
   for batch in dataset.as_numpy_iterator():
