@@ -236,6 +236,7 @@ def test_images_come_with_their_classes(tmp_path):
     IMAGES[i, :, 4:16].tobytes(): "dog" if i % 2 else "cat" for i in range(4)
   }
   assert classes == [known[image.tobytes()] for image in found]
+  assert {*images.of_data(data, "all", 2, label)[1]} == {"cat", "dog"}
   assert sorted(images.of_data(data, "all", 9, label)[1]) == sorted(
     known.values()
   )
